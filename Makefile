@@ -1,0 +1,42 @@
+# `make help` says what there is. Every target sets up .venv by itself, once.
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+PY := $(BIN)/python
+
+# Notebooks run two at a time, so each gets one thread: two threads each would fight over two cores.
+export OMP_NUM_THREADS = 1
+export PYDEVD_DISABLE_FILE_VALIDATION = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env run test lab save clean
+
+help:
+	@echo "make run    run every chapter from top to bottom and print the ladder of results"
+	@echo "make test   run every check: notebooks and library in step, chapters as tests, pytest"
+	@echo "make lab    read the course in JupyterLab, starting at the index"
+	@echo "make save   for authors: export, run and save all chapters, or some: make save NB='02 05'"
+	@echo "make clean  remove .venv and everything the other targets made"
+
+env:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or name one: make run PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) tools/env.py
+
+run: env
+	@$(PY) tools/run.py
+
+test: env
+	$(BIN)/nbdev_test --n_workers 2
+	$(PY) -m pytest tests
+
+lab: env
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+save: env
+	@$(PY) tools/run.py --save $(NB)
+
+clean:
+	rm -rf .venv _run _docs build dist *.egg-info .pytest_cache .hypothesis

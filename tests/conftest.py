@@ -1,0 +1,20 @@
+"What the tests share: the repository's root, and its scripts as modules"
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture
+def root(): return ROOT
+
+@pytest.fixture
+def tool():
+    "Loads a script of tools/ as a fresh module, which a test may change"
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f'tools_{name}', ROOT/'tools'/f'{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return load

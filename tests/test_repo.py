@@ -1,0 +1,126 @@
+"Notebooks, library, README, ledger and workflows are in step, and the chapters have the form readers rely on"
+import ast, json, os, re, shutil, subprocess, sys, tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat, pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
+CHAPTERS = [p for p in NBS if p.name[:2].isdigit()]
+MODULES = sorted(p.stem for p in (ROOT/'course_lib').glob('*.py') if not p.stem.startswith('_'))
+NUMBER = {p.stem.partition('_')[2]: int(p.name[:2]) for p in CHAPTERS}
+
+def read(path): return nbformat.read(path, as_version=4)
+def outputs(nb): return [(i,o) for i,c in enumerate(nb.cells) for o in c.get('outputs', [])]
+def prose(nb): return '\n'.join(c.source for c in nb.cells if c.cell_type=='markdown')
+by_name = pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of what nbdev works on, so that a failing check leaves the checkout as it was"
+    for name in 'nbs', 'course_lib': shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb*'))
+    for name in 'settings.ini', 'setup.py', 'README.md': shutil.copy(ROOT/name, tmp_path)
+    return tmp_path
+
+def changed(copy, folder):
+    "Files of `folder` that differ between the copy and the checkout"
+    names = {p.relative_to(base).as_posix() for base in (copy,ROOT) for p in (base/folder).glob('*') if p.suffix in ('.py', '.ipynb', '.toml')}
+    return sorted(n for n in names if not (copy/n).exists() or not (ROOT/n).exists() or (copy/n).read_bytes()!=(ROOT/n).read_bytes())
+
+@pytest.mark.parametrize('command,folder', [('nbdev_export', 'course_lib'), ('nbdev_clean', 'nbs')])
+def test_nbdev_changes_nothing(copy, command, folder):
+    subprocess.run([BIN/command], cwd=copy, check=True, env={**os.environ, 'PYTHONPATH': str(copy)})
+    assert changed(copy, folder)==[], f'run {command} and commit what it changes'
+
+def test_readme_is_the_index(tool):
+    made = tool('run').readme(read(ROOT/'nbs'/'index.ipynb'))
+    assert (ROOT/'README.md').read_text(encoding='utf-8')==made, "run: make save NB=index"
+
+def test_readme_has_the_ladder_and_every_chapter():
+    from course_lib.core import ladder
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    for r in ladder(): assert re.search(rf"{re.escape(r['model'])} *\|.*{re.escape(r['expected'])}", readme), f'README lacks {r}; run: make save NB=index'
+    for p in CHAPTERS: assert f'nbs/{p.name}' in readme
+
+def test_ledger_rows_are_whole_and_used():
+    ledger = tomllib.loads((ROOT/'nbs'/'ledger.toml').read_text(encoding='utf-8'))
+    rows = {f'{c}.{k}': row for c,v in ledger.items() if c[:2].isdigit() for k,row in v.items()}
+    for key,row in rows.items():
+        assert {'expected','source'} <= set(row) <= {'expected','source','digits','tol','elsewhere','seeds'}, key
+        assert ('tol' in row)==('seeds' in row), f'{key}: a tolerance needs the seeds it was measured over, and the other way round'
+        assert row.get('seeds', 5)>=5, key
+    used = {k for p in NBS for k in re.findall(r"expect\('(\d\d_\w+\.\w+)'", '\n'.join(c.source for c in read(p).cells if c.cell_type=='code'))}
+    assert set(rows)==used & set(rows), f'rows that no chapter reports: {sorted(set(rows)-used)}'
+    for r in ledger['ladder']: assert {r['accuracy'], r['params']} <= set(rows)
+
+FRESH = '''
+import sys, course_lib.{m} as m
+missing = [n for n in m.__all__ if not hasattr(m, n)]
+heavy = [n for n in ("matplotlib.pyplot", "pandas", "fastai", "sklearn", "tensorboard", "IPython") if n in sys.modules]
+assert not missing, missing
+assert not heavy, heavy
+'''
+def test_each_module_imports_alone_and_lightly(tmp_path):
+    "In a fresh process outside the repository; with nothing heavy that only a plot or a comparison needs"
+    def run(m): return m, subprocess.run([sys.executable, '-c', FRESH.format(m=m)], cwd=tmp_path, capture_output=True, text=True)
+    with ThreadPoolExecutor(2) as pool: failed = {m: r.stderr for m,r in pool.map(run, MODULES) if r.returncode}
+    assert not failed
+
+@pytest.mark.parametrize('module', MODULES)
+def test_modules_import_only_earlier_ones_and_document_all_they_export(module):
+    tree = ast.parse((ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8'))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('course_lib.'):
+            assert NUMBER[node.module.split('.')[1]] < NUMBER[module], f'{module} imports {node.module}'
+            assert [a.name for a in node.names]!=['*'], f'{module} star-imports {node.module}'
+    defs = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+    for d in defs + [f for c in defs if isinstance(c, ast.ClassDef) for f in c.body if isinstance(f, ast.FunctionDef) and not f.name.startswith('_')]:
+        assert ast.get_docstring(d), f'{module}.{d.name} has no docstring'
+
+@by_name
+def test_chapter_has_its_form(path):
+    nb,text = read(path),prose(read(path))
+    assert nb.cells[0].source.startswith(f"# {path.stem.partition('_')[2]}: ")
+    for wanted in 'Two cores:', 'You will be able to', 'Predict first', 'What goes wrong', '## Recap', '## Check yourself', '<details>': assert wanted in text, wanted
+    for i,c in enumerate(nb.cells):
+        if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])):
+            assert re.match(r'#\| fig-alt: ".{20,}"', c.source), f'cell {i+1} draws a figure without alt text'
+        if c.cell_type=='code':
+            long = [l for l in c.source.splitlines() if len(l)>120 and not l.startswith('#| fig-alt')]
+            assert not long, f'cell {i+1}: lines over 120 columns: {long}'
+
+@by_name
+def test_saved_outputs_are_small_and_clean(path):
+    nb = read(path)
+    assert path.stat().st_size <= 1_000_000
+    assert outputs(nb), 'no saved outputs: run make save'
+    for i,o in outputs(nb):
+        text = json.dumps(o)
+        assert o.output_type!='error', f'cell {i+1}'
+        assert len(o.get('data', {}).get('image/png', ''))*3/4 <= 100_000, f'cell {i+1}: a figure over 100 kB'
+        assert o.get('name')!='stderr', f'cell {i+1} wrote to stderr: {text[:200]}'
+        assert not re.search(r'(^|[\s"\'(])(/home/|/root/|/Users/|/tmp/|/private/|/work/|[A-Z]:\\\\)|0x[0-9a-f]{8,}', text), f'cell {i+1}: {text[:300]}'
+
+def test_workflows_follow_githubs_schema():
+    files = sorted((ROOT/'.github'/'workflows').glob('*.yml'))
+    assert files
+    subprocess.run([BIN/'check-jsonschema', '--builtin-schema', 'vendor.github-workflows', *files], check=True)
+
+def test_the_address_stands_only_in_settings():
+    cfg = dict(re.findall(r'^(\w+) = (.*)$', (ROOT/'settings.ini').read_text(encoding='utf-8'), re.M))
+    address = f"{cfg['user']}/{cfg['repo']}"
+    found = subprocess.run(['git', 'grep', '-lF', address], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert found==[], f'{address} should be taken from settings.ini in {found}'
+
+def test_wheel_holds_the_library_and_imports(tmp_path):
+    src = tmp_path/'src'
+    shutil.copytree(ROOT/'course_lib', src/'course_lib', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in 'settings.ini', 'setup.py', 'README.md', 'LICENSE', 'MANIFEST.in': shutil.copy(ROOT/name, src)
+    subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', tmp_path/'dist', src], check=True, stdout=subprocess.DEVNULL)
+    wheel, = (tmp_path/'dist').glob('*.whl')
+    assert len(list((tmp_path/'dist').glob('*.tar.gz')))==1
+    subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel], check=True)
+    code = f'import course_lib.core as c; assert c.__file__.startswith({str(tmp_path/"site")!r}), c.__file__'
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, env={**os.environ, 'PYTHONPATH': str(tmp_path/'site')})
