@@ -1,0 +1,113 @@
+"Laws of distances, and PixelSimilarity against NumPy in double precision, on data made up by hypothesis"
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from course_lib.baseline import PixelSimilarity, l1_norm, l2_norm
+
+norms = pytest.mark.parametrize('norm', [l1_norm, l2_norm])
+seeds = st.integers(0, 2**32-1)
+quick = settings(max_examples=40, deadline=None)
+
+def images(seed, *shape):
+    "Standard normal numbers"
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+@norms
+@quick
+@given(seed=seeds, h=st.integers(1, 9), w=st.integers(1, 9), k=st.floats(-5, 5))
+def test_norms_are_distances(norm, seed, h, w, k):
+    a,b,c = images(seed, 3, h, w)
+    eps = 1e-4
+    assert norm(a, a) == 0
+    assert norm(a, b) == norm(b, a) > 0
+    assert norm(a, c) <= norm(a, b) + norm(b, c) + eps
+    assert abs(norm(a+c, b+c) - norm(a, b)) < eps
+    assert abs(norm(k*a, k*b) - abs(k)*norm(a, b)) < eps*max(1, abs(k))
+    assert l2_norm(a, b) <= l1_norm(a, b) + eps
+    assert l1_norm(a, b) <= (h*w)**0.5 * l2_norm(a, b) + eps
+
+@norms
+@quick
+@given(seed=seeds, n=st.integers(0, 5), c=st.integers(1, 4))
+def test_norms_broadcast(norm, seed, n, c):
+    x,m = images(seed, n, 4, 3),images(seed+1, c, 4, 3)
+    d = norm(x[:,None], m)
+    assert d.shape == (n, c)
+    assert all(torch.allclose(d[i,j], norm(x[i], m[j]), atol=1e-5) for i in range(n) for j in range(c))
+
+def numpy_distances(x, y, z, metric, center):
+    "Distances of `z` to the centers of the classes of `x`, slowly and in float64"
+    x,y,z = (o.double().flatten(1).numpy() if o.ndim>1 else o.numpy() for o in (x, y, z))
+    m = np.stack([getattr(np, center)(x[y==i], axis=0) for i in range(y.max()+1)])
+    d = z[:,None] - m
+    return np.abs(d).sum(2) if metric=='l1' else np.sqrt((d**2).sum(2))
+
+@pytest.mark.parametrize('center', ['mean', 'median'])
+@pytest.mark.parametrize('metric', ['l1', 'l2'])
+@quick
+@given(seed=seeds, c=st.integers(1, 6), extra=st.integers(0, 20), shape=st.sampled_from([(5,), (3,4), (1,6,6)]),
+       dtype=st.sampled_from([torch.float32, torch.float64]), scale=st.sampled_from([1e-3, 1., 255.]))
+def test_like_numpy(metric, center, seed, c, extra, shape, dtype, scale):
+    x,z = scale*images(seed, c+extra, *shape).to(dtype),scale*images(seed+1, 7, *shape).to(dtype)
+    y = torch.cat([torch.arange(c), torch.randint(c, (extra,), generator=torch.Generator().manual_seed(seed))])
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
+    model = PixelSimilarity(metric, center).fit(x, y)
+    wanted = torch.from_numpy(numpy_distances(x, y, z, metric, center))
+    assert model.centers.shape == (c, *shape) and model.centers.dtype == dtype
+    assert torch.allclose(model.distances(z).double(), wanted, rtol=1e-4, atol=2e-3*scale)
+    chosen = wanted.gather(1, model.predict(z)[:,None])[:,0]         # a tie may go either way
+    assert torch.allclose(chosen, wanted.amin(1), rtol=1e-4, atol=2e-3*scale)
+
+@quick
+@given(seed=seeds, metric=st.sampled_from(['l1', 'l2']), center=st.sampled_from(['mean', 'median']))
+def test_order_and_numbering_do_not_matter(seed, metric, center):
+    x,z,y = images(seed, 30, 4, 4),images(seed+1, 9, 4, 4),torch.arange(30)%3
+    g = torch.Generator().manual_seed(seed)
+    order,names = torch.randperm(30, generator=g),torch.randperm(3, generator=g)
+    d = PixelSimilarity(metric, center).fit(x, y).distances(z)
+    assert torch.allclose(PixelSimilarity(metric, center).fit(x[order], y[order]).distances(z), d, atol=1e-4)
+    assert torch.allclose(PixelSimilarity(metric, center).fit(x, names[y]).distances(z)[:,names], d, atol=1e-4)
+
+@pytest.mark.parametrize('metric', ['l1', 'l2'])
+@pytest.mark.parametrize('center', ['mean', 'median'])
+def test_makes_no_tensor_on_the_default_device(metric, center):
+    "All work happens where the images are: a tensor made on another device would stop this with an error"
+    x,z,y = images(0, 30, 4, 4),images(1, 9, 4, 4),torch.arange(30)%3
+    wanted = PixelSimilarity(metric, center).fit(x, y)
+    with torch.device('meta'):
+        model = PixelSimilarity(metric, center).fit(x, y)
+        assert torch.equal(model.distances(z), wanted.distances(z))
+        assert torch.equal(model.predict(z), wanted.predict(z))
+        assert model.accuracy(x, y) == wanted.accuracy(x, y)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
+@pytest.mark.parametrize('metric', ['l1', 'l2'])
+def test_on_a_gpu(metric):
+    x,z,y = images(0, 300, 28, 28),images(1, 90, 28, 28),torch.arange(300)%10
+    on_cpu,on_gpu = PixelSimilarity(metric).fit(x, y),PixelSimilarity(metric).fit(x.cuda(), y.cuda())
+    assert on_gpu.predict(z.cuda()).is_cuda
+    assert torch.allclose(on_gpu.distances(z.cuda()).cpu(), on_cpu.distances(z), rtol=1e-3)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    x,y = images(0, 30, 4, 4).to(dtype),torch.arange(30)%3
+    model = PixelSimilarity().fit(x, y)
+    assert model.centers.dtype == torch.float32
+    assert torch.equal(model.predict(x), PixelSimilarity().fit(x.float(), y).predict(x.float()))
+
+def test_images_equal_to_a_center_have_a_finite_distance_near_zero():
+    x = images(0, 10, 28, 28).abs()
+    model = PixelSimilarity('l2').fit(x, torch.arange(10))
+    own = model.distances(x).diag()
+    assert own.isfinite().all() and own.max() < 0.05
+    assert model.predict(x).tolist() == list(range(10))
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('metric', ['l1', 'l2'])
+def test_bad_pixels_are_named(metric, bad):
+    x,y = images(0, 30, 4, 4),torch.arange(30)%3
+    model = PixelSimilarity(metric).fit(x, y)
+    x[20,1,1] = bad
+    for f in (model.distances, model.predict):
+        with pytest.raises(ValueError, match='image 20 '): f(x)
+    with pytest.raises(ValueError, match='class 2 '): PixelSimilarity(metric).fit(x, y)
