@@ -1,0 +1,88 @@
+"What chapter 04 cannot test in passing: properties over many inputs, and results that do not depend on the number of threads"
+import platform, tomllib
+from functools import partial
+from pathlib import Path
+
+import pytest, torch
+from hypothesis import assume, given, settings, strategies as st
+
+from course_lib.linear import batch_accuracy, calc_grad, gd_step, init_params, linear1, mnist_loss, train_epoch
+
+untimed = settings(deadline=None)    # the first call of an operation takes much longer than the others
+
+shapes = st.lists(st.integers(1, 5), max_size=3).map(tuple)
+seeds = st.integers(0, 2**31)
+
+def example(shape, seed):
+    "Random scores and targets of `shape`, in double precision"
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g, dtype=torch.float64)*5, torch.randint(2, shape, generator=g)
+
+@untimed
+@given(shapes, seeds)
+def test_loss_is_a_mean_distance(shape, seed):
+    preds,targs = example(shape, seed)
+    loss = mnist_loss(preds, targs)
+    assert loss.shape==() and 0 <= loss <= 1
+    torch.testing.assert_close(loss, (preds.sigmoid()-targs).abs().mean())
+    torch.testing.assert_close(loss + mnist_loss(-preds, targs), torch.ones((), dtype=torch.float64))   # as wrong as its mirror image is right
+    torch.testing.assert_close(mnist_loss(-preds, 1-targs), loss)                                       # threes and sevens are treated alike
+    torch.testing.assert_close(mnist_loss(preds, targs.double()), loss)
+
+@untimed
+@given(shapes, shapes)
+def test_different_shapes_are_refused(shape, other):
+    assume(shape!=other)
+    for f in (mnist_loss, batch_accuracy):
+        with pytest.raises(ValueError, match=f'^{f.__name__}: predictions are ') as e: f(torch.zeros(shape), torch.zeros(other))
+        assert str(shape) in str(e.value) and str(other) in str(e.value)
+        try: square = torch.broadcast_shapes(shape, other)
+        except RuntimeError: assert 'one target for each prediction' in str(e.value)
+        else: assert f'broadcast to {tuple(square)}' in str(e.value)
+
+@untimed
+@given(shapes, seeds)
+def test_accuracy_counts_the_right_side(shape, seed):
+    preds,targs = example(shape, seed)
+    right = sum((p>0)==(t==1) for p,t in zip(preds.flatten().tolist(), targs.flatten().tolist()))
+    torch.testing.assert_close(batch_accuracy(preds, targs), torch.tensor(right/preds.numel()))
+
+@untimed
+@given(st.integers(1, 20), st.integers(1, 9), seeds)
+def test_gradient_and_step(n, ni, seed):
+    preds,targs = example((n,), seed)
+    xb = torch.randn(n, ni, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    w,b = (init_params(size).detach().double().requires_grad_() for size in (ni, 1))
+    model = partial(linear1, w=w, b=b)
+    loss = calc_grad(xb, targs, model)
+    assert not loss.requires_grad
+    p = model(xb).sigmoid().detach()
+    slopes = torch.where(targs==1, -1., 1.)*p*(1-p)/n
+    torch.testing.assert_close(w.grad, xb.T@slopes)
+    torch.testing.assert_close(b.grad, slopes.sum()[None])
+    expected = [(o.detach() - 0.1*o.grad) for o in (w,b)]
+    gd_step((o for o in (w,b)), lr=0.1)
+    for o,e in zip((w,b), expected):
+        torch.testing.assert_close(o.detach(), e)
+        assert o.is_leaf and o.requires_grad and not o.grad.any()
+
+def test_classic_numbers_with_one_and_two_threads():
+    from course_lib.dataloader import DataLoader, Dataset
+    from course_lib.datasets import threes_and_sevens
+    row = tomllib.loads((Path(__file__).parent.parent/'nbs'/'ledger.toml').read_text(encoding='utf-8'))['04_linear']['classic_accs']
+    train_dl,valid_dl = (DataLoader(Dataset(x.flatten(1), y[:,None]), bs=256) for x,y in threes_and_sevens())
+    def loss_func(preds, targs): return torch.where(targs==1, 1-preds.sigmoid(), preds.sigmoid()).mean()    # (n, n): the trap
+    def run():
+        torch.manual_seed(0)
+        params = [init_params(784), init_params(1)]
+        model = partial(linear1, w=params[0], b=params[1])
+        for _ in row['expected']:
+            train_epoch(model, train_dl, partial(gd_step, params, 1.), loss_func)
+            yield torch.stack([((model(xb)>0)==yb).float().mean() for xb,yb in valid_dl]).mean().item()
+    tol = 0 if (platform.system(), platform.machine())==('Linux', 'x86_64') else row['elsewhere']
+    before = torch.get_num_threads()
+    try:
+        for n in (1,2):
+            torch.set_num_threads(n)
+            for acc,expected in zip(run(), row['expected'], strict=True): assert abs(round(acc, 4) - expected) <= tol + 1e-9
+    finally: torch.set_num_threads(before)
