@@ -32,8 +32,8 @@ class Chapter:
     def run(self):
         "Execute every cell; an error is kept in `error`, not raised"
         results = Path(tempfile.mkdtemp(prefix='course_'))/'results.jsonl'
-        client = NotebookClient(self.nb, timeout=CELL_TIMEOUT, kernel_name='python3', resources={'metadata': {'path': str(NBS)}},
-                                extra_arguments=['--log-level=40'])  # errors only
+        client = NotebookClient(self.nb, timeout=CELL_TIMEOUT, kernel_name='python3', coalesce_streams=True,
+                                resources={'metadata': {'path': str(NBS)}}, extra_arguments=['--log-level=40'])  # errors only
         client.create_kernel_manager()
         done = threading.Event()
         start = time.time()
