@@ -86,17 +86,17 @@ class Optimizer(BasicOptim):
         self.hypers = tuple(hypers)
         vars(self).update(hypers)
 
-    def used_slots(self): return self.slots     # names of the tensors that the next step will need
-    def new_slot(self, p, name): return torch.zeros((), device=p.device) if name=='t' else torch.zeros_like(p)
+    def _used_slots(self): return self.slots     # names of the tensors that the next step will need
+    def _new_slot(self, p, name): return torch.zeros((), device=p.device) if name=='t' else torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
         "Move all parameters that have a gradient, in as few calls as possible"
-        groups,slots = defaultdict(list),self.used_slots()
+        groups,slots = defaultdict(list),self._used_slots()
         for p,s in zip(self.params, self.state):
             if p.grad is None: continue
             for name in slots:
-                if name not in s: s[name] = self.new_slot(p, name)
+                if name not in s: s[name] = self._new_slot(p, name)
             row = [p, p.grad, *[s[name] for name in slots]]
             groups[p.device, p.dtype, self.fused and _alike(row)].append(row)
         for (device,dtype,fused),rows in groups.items():
@@ -115,7 +115,7 @@ class SGD(Optimizer):
         wd:float=0., # weight decay: so much of each parameter is added to its gradient
     ): super().__init__(params, lr=lr, mom=mom, wd=wd)
 
-    def used_slots(self): return self.slots if self.mom else ()
+    def _used_slots(self): return self.slots if self.mom else ()
 
     def update(self, ps, gs, vs=None):
         "One step for lists of parameters, gradients and velocities"
@@ -255,4 +255,4 @@ def load_state_dict(self:BasicOptim,
     self.state = [{} for _ in self.params]
     for key,t in saved['state'].items():
         i,name = key.split('.')
-        self.state[int(i)][name] = self.new_slot(self.params[int(i)], name).copy_(t)
+        self.state[int(i)][name] = self._new_slot(self.params[int(i)], name).copy_(t)
