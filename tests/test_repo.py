@@ -75,8 +75,10 @@ def test_modules_import_only_earlier_ones_and_document_all_they_export(module):
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('course_lib.'):
             assert NUMBER[node.module.split('.')[1]] < NUMBER[module], f'{module} imports {node.module}'
             assert [a.name for a in node.names]!=['*'], f'{module} star-imports {node.module}'
-    defs = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
-    for d in defs + [f for c in defs if isinstance(c, ast.ClassDef) for f in c.body if isinstance(f, ast.FunctionDef) and not f.name.startswith('_')]:
+    by_class = re.compile(r'_|forward$|state_dict$|load_state_dict$|(before|after|cleanup)_')      # said by the class
+    def public(nodes): return [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not by_class.match(n.name)]
+    defs = public(tree.body)
+    for d in defs + [f for c in defs if isinstance(c, ast.ClassDef) for f in public(c.body)]:
         assert ast.get_docstring(d), f'{module}.{d.name} has no docstring'
 
 @by_name
