@@ -87,6 +87,7 @@ def _pair(x, centers): # (n, ...), (c, ...) -> (n, d), (c, d)
     raise ValueError(f"PixelSimilarity: one image is {tuple(x.shape[1:])} here, but was {tuple(shape)} in fit; "
                      f"reshape the batch to ({', '.join(map(str, ['n', *shape]))})")
 
+# %% ../nbs/03_baseline.ipynb #7a123eca
 def _median(x): # (n, d) -> (d,)
     "The middle one of the values of each pixel, or the mean of the two middle ones if n is even"
     return (x.median(0).values - (-x).median(0).values)/2   # torch gives the lower one; of -x, that is minus the upper

@@ -104,6 +104,7 @@ def _network(url, timeout):
         if isinstance(e, HTTPError): e.close()
         raise _MirrorError(f"{url}: {why or type(e).__name__}") from e
 
+# %% ../nbs/01_datasets.ipynb #4b0f05b8
 @contextmanager
 def _disk(folder):
     "Turn an error of the disk into a `DataError` that says what to do"
@@ -118,7 +119,7 @@ def _room(folder, size):
     if size>free: raise DataError(f"{folder} has {free>>20:,} MiB free, but {size>>20:,} MiB are needed. Make room "
                                   "there, or set the environment variable COURSE_HOME to a folder on another disk.")
 
-# %% ../nbs/01_datasets.ipynb #4b0f05b8
+# %% ../nbs/01_datasets.ipynb #5226438b
 def _size(path): return path.stat().st_size if path.exists() else 0
 
 def _tag_file(part): return part.with_name(part.name + '.tag')
@@ -131,6 +132,7 @@ def _drop(part):
     "Remove a partial file and its tag"
     for p in (part, _tag_file(part)): p.unlink(missing_ok=True)
 
+# %% ../nbs/01_datasets.ipynb #29d8f710
 def _open(url, have, tag, timeout):
     "Ask for `url` from byte `have` on; returns the response, and from which byte on it is"
     headers = {'User-Agent': 'course_lib', 'Accept-Encoding': 'identity'}
@@ -145,7 +147,7 @@ def _open(url, have, tag, timeout):
     if given.startswith(f'bytes {have}-'): return r,have
     raise _MirrorError(f"{url}: asked for the bytes from {have}, and got {given!r}")
 
-# %% ../nbs/01_datasets.ipynb #5226438b
+# %% ../nbs/01_datasets.ipynb #4573bc1d
 def _blocks(r, url, timeout):
     "The bytes of the response `r`, block by block, and an error if there are fewer than it promised"
     got,size = 0,r.headers.get('Content-Length')
@@ -156,6 +158,7 @@ def _blocks(r, url, timeout):
         yield block
     if size is not None and got<int(size): raise _MirrorError(f"{url}: it ended after {got:,} of {int(size):,} bytes")
 
+# %% ../nbs/01_datasets.ipynb #a7725d6d
 def _append(url, part, timeout, progress):
     "Save to the file `part` what it lacks of `url`; returns whether there was something to go on from"
     tag = _tag(part)

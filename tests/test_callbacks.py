@@ -1,0 +1,70 @@
+"What a notebook cannot show of the callbacks: a terminal, a clean import, laws that hold for any numbers"
+import subprocess, sys
+
+import pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from course_lib.callbacks import GradClip, ProgressCB, SetupLearnerCB, TrackResults, _pack, _unpack
+from course_lib.core import set_seed
+from course_lib.dataloader import DataLoader, DataLoaders, Dataset
+from course_lib.learner import Learner
+from course_lib.losses import accuracy
+
+def make_learner(cbs, n=50, bs=16):
+    set_seed(0)
+    ds = Dataset(torch.randn(n, 4), torch.randint(3, (n,)))
+    return Learner(nn.Linear(4, 3), DataLoaders(DataLoader(ds, bs), DataLoader(ds, bs)), F.cross_entropy, 0.1, cbs)
+
+def test_light_import():
+    "The module pulls in nothing heavy"
+    code = ("import sys, course_lib.callbacks; "
+            "print([o for o in ('tensorboard', 'matplotlib', 'pandas', 'fastai', 'IPython', 'sklearn') if o in sys.modules])")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+def test_plain_lines(capfd):
+    "Without a terminal there are plain lines, and nothing on stderr"
+    make_learner([TrackResults(), ProgressCB()]).fit(2)
+    out,err = capfd.readouterr()
+    assert err=='' and '\r' not in out
+    assert [o.split()[:1] for o in out.splitlines()] == [['epoch'], ['0'], ['1']]
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 70), bs=st.integers(1, 80))
+def test_sample_weighted(n, bs):
+    "Loss and accuracy of a validation pass are those of all predictions at once, whatever the batch size"
+    track = TrackResults()
+    learn = make_learner(track, n, bs)
+    learn.fit(1, train=False)
+    preds,targs = learn.get_preds()
+    assert track.results()[0] == pytest.approx(accuracy(preds, targs).item(), abs=1e-5)
+    assert track.results('loss')[0] == pytest.approx(F.cross_entropy(preds, targs).item(), abs=1e-5)
+
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+                      lambda o: st.lists(o, max_size=3) | st.tuples(o, o) | st.dictionaries(st.text(max_size=4), o, max_size=3)
+                      | st.dictionaries(st.integers(0, 9), o, max_size=3), max_leaves=15)
+
+@settings(deadline=None, max_examples=100)
+@given(values)
+def test_pack_and_back(value):
+    import json
+    back = _unpack(json.loads(json.dumps(_pack(value, {}))), {})
+    assert back==value and repr(back)==repr(value)
+
+def test_predict_before_any_fit():
+    "The input transform applies without a fit, and where there are no targets"
+    learn = make_learner(SetupLearnerCB('cpu', lambda xb: xb*2))
+    xb = torch.randn(5, 4)
+    torch.testing.assert_close(learn.predict(xb), learn.model(xb*2).detach())
+
+@settings(deadline=None, max_examples=30)
+@given(scale=st.floats(1e-3, 1e3), limit=st.floats(1e-2, 10))
+def test_clip_equals_torch(scale, limit):
+    "Clipping is torch's, for gradients far below and far above the limit"
+    a,b = make_learner(GradClip(limit)),make_learner(None)
+    for learn in (a, b):
+        for i,p in enumerate(learn.model.parameters()): p.grad = torch.full_like(p, scale*(i+1))
+    a.cbs[0].before_fit(); a.cbs[0].after_backward()
+    norm = nn.utils.clip_grad_norm_(b.model.parameters(), limit)
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p.grad, q.grad)
+    assert torch.equal(a.cbs[0].norms[0], norm)
