@@ -84,7 +84,7 @@ class Optimizer(BasicOptim):
         super().__init__(params, hypers['lr'])
         _check_hypers(type(self).__name__, hypers)
         self.hypers = tuple(hypers)
-        vars(self).update(hypers)
+        vars(self).update(hypers)       # each becomes an attribute: self.lr and so on
 
     def _used_slots(self): return self.slots     # names of the tensors that the next step will need
     def _new_slot(self, p, name): return torch.zeros((), device=p.device) if name=='t' else torch.zeros_like(p)
@@ -167,16 +167,20 @@ class Adam(Optimizer):
     ): super().__init__(params, lr=lr, betas=betas, eps=eps, wd=wd)
 
     @property
-    def mom(self): return self.betas[0]     # under this name, a schedule can turn the momentum of SGD and of Adam alike
+    def mom(self):
+        "The first of the `betas`, under the name it has in `SGD`, so that a schedule can turn either of them"
+        return self.betas[0]
     @mom.setter
-    def mom(self, v): self.betas = (v, self.betas[1])
+    def mom(self, v):
+        "Change the first of the `betas`, and keep the second"
+        self.betas = (v, self.betas[1])
 
-    def decay(self, ps, gs): return torch._foreach_add(gs, ps, alpha=self.wd)
+    def _decay(self, ps, gs): return torch._foreach_add(gs, ps, alpha=self.wd)
 
     def update(self, ps, gs, avgs, sqrs, ts):
         "One step for lists of parameters, gradients, their averages and mean squares, and counts of steps"
         b1,b2 = self.betas
-        if self.wd: gs = self.decay(ps, gs)
+        if self.wd: gs = self._decay(ps, gs)
         torch._foreach_add_(ts, 1)
         torch._foreach_lerp_(avgs, gs, 1-b1)
         torch._foreach_mul_(sqrs, b2)
@@ -204,7 +208,7 @@ class AdamW(Adam):
         wd:float=0.01, # weight decay: each step begins by shrinking the parameters by the factor 1 - lr*wd
     ): super().__init__(params, lr, betas, eps, wd)
 
-    def decay(self, ps, gs):
+    def _decay(self, ps, gs):
         torch._foreach_mul_(ps, 1 - self.lr*self.wd)
         return gs
 
