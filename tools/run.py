@@ -106,7 +106,7 @@ def print_ladder(chapters):
     results = {k:v for c in chapters for k,v in c.results.items()}
     rows = [('model', 'task', 'parameters', 'valid accuracy', 'expected', 'chapter', 'seconds')]
     for r in ladder():
-        if r['accuracy_key'] not in results: continue
+        if not {r['accuracy_key'], r['params_key']} <= set(results): continue     # its chapter was not run
         yours = results[r['accuracy_key']]
         rows.append((r['model'], r['task'], f"{results[r['params_key']]['value']:,}", f"{yours['value']:.4f}", r['expected'],
                      r['chapter'], f"{yours['seconds']:.1f}"))
