@@ -20,6 +20,7 @@ def _value(x):
     raise TypeError(f"Var: cannot compute with {type(x).__name__}; Vars, tensors and numbers are wanted "
                     "(torch.as_tensor turns arrays and lists into tensors)")
 
+# %% ../nbs/07_autograd.ipynb #db455f3e
 class Var:
     "A tensor that remembers what it was computed from, so that `backward` can find gradients"
     __array_ufunc__ = None      # lets `array_scalar*v` come to us, instead of NumPy making an array of it
@@ -28,7 +29,7 @@ class Var:
         parents=(), # pairs (input, rule) for a result; `rule` turns the gradient of the result into that of the input
         name:str='', # what drawings call it; for a result, its operation
     ):
-        self.data = torch.as_tensor(data, dtype=torch.get_default_dtype() if isinstance(data, Number) else None)
+        self.data = torch.as_tensor(float(data) if isinstance(data, Number) else data)
         if self.data.requires_grad: raise ValueError("Var: this tensor is recorded by PyTorch; hand in x.detach()")
         if not self.data.is_floating_point():
             raise TypeError(f"Var: got {self.data.dtype}, but only floats have slopes; hand in x.float()")
@@ -36,21 +37,33 @@ class Var:
         self.parents = [(p,rule) for p,rule in parents if isinstance(p, Var)]   # constants need no gradient
         used = [self.data, *(_value(p) for p,_ in parents)] if parents else []
         self._used = [(t,t._version) for t in used if isinstance(t, Tensor)]    # to notice later changes
-    @property
-    def shape(self):
-        "Shape of the data"
-        return self.data.shape
-    @property
-    def ndim(self):
-        "Number of axes of the data"
-        return self.data.ndim
     def __repr__(self): return f'Var({self.data}, grad={self.grad})'
-    def item(self)->float: # for a Var with one number
-        "The data as a Python number"
-        return self.data.item()
-    def detach(self)->Tensor: # shares memory with the Var
-        "The data, without the recording"
-        return self.data
+
+# %% ../nbs/07_autograd.ipynb #d9ae5b5e
+@patch(as_prop=True)
+def shape(self:Var):
+    "Shape of the data"
+    return self.data.shape
+
+@patch(as_prop=True)
+def ndim(self:Var):
+    "Number of axes of the data"
+    return self.data.ndim
+
+@patch
+def is_floating_point(self:Var):
+    "True, as only floats have slopes"
+    return True
+
+@patch
+def item(self:Var)->float: # for a Var with one number
+    "The data as a Python number"
+    return self.data.item()
+
+@patch
+def detach(self:Var)->Tensor: # shares memory with the Var
+    "The data, without the recording"
+    return self.data
 
 # %% ../nbs/07_autograd.ipynb #e1cad126
 @patch
@@ -90,23 +103,32 @@ def tape(
     return order
 
 # %% ../nbs/07_autograd.ipynb #44bfa39d
+def _first_grad(out, grad):
+    "The gradient to start from at `out`: `grad`, or 1 for a single number"
+    if grad is None:
+        if out.data.numel()!=1:
+            raise ValueError(f"backward: the output is {tuple(out.shape)}, but a gradient is that of one number; "
+                             "take its mean() or sum(), or say how much each number counts with backward(grad)")
+        return torch.ones_like(out.data)
+    if grad.shape!=out.shape:
+        raise ValueError(f"backward: grad is {tuple(grad.shape)} but the output is {tuple(out.shape)}; make them equal")
+    return grad
+
+def _check_unchanged(v):
+    "Refuse to go back through an operation whose tensors were changed since"
+    if any(t._version!=version for t,version in v._used):
+        raise RuntimeError(f"backward: a tensor in operation '{v.name}' was changed in place after it was used, so "
+                           "its slope is no longer known; compute the output again, and change data after backward")
+
+# %% ../nbs/07_autograd.ipynb #6c13079e
 def backward(
     out:Var, # result of a computation
     grad:Tensor=None, # weight of each number in `out`, of its shape; may be left out where `out` is a single number
 ):
     "Add the gradient of `out` to `.grad` of `out` and of everything it was computed from"
-    if grad is None:
-        if out.data.numel()!=1:
-            raise ValueError(f"backward: the output is {tuple(out.shape)}, but a gradient is that of one number; "
-                             "take its mean() or sum(), or say how much each number counts with backward(grad)")
-        grad = torch.ones_like(out.data)
-    if grad.shape!=out.shape:
-        raise ValueError(f"backward: grad is {tuple(grad.shape)} but the output is {tuple(out.shape)}; make them equal")
-    grads = {out: grad}
+    grads = {out: _first_grad(out, grad)}
     for v in reversed(tape(out)):
-        if any(t._version!=version for t,version in v._used):
-            raise RuntimeError(f"backward: a tensor in operation '{v.name}' was changed in place after it was used, so "
-                               "its slope is no longer known; compute the output again, and change data after backward")
+        _check_unchanged(v)
         g = grads.pop(v)
         v.grad = g.clone() if v.grad is None else v.grad + g    # a copy: g may be somebody else's too
         for p,rule in v.parents:
@@ -144,7 +166,8 @@ def __truediv__(self:Var, other):
 def __pow__(self:Var, n):
     if not isinstance(n, Number): raise TypeError(f"Var: the exponent must be a number, not {type(n).__name__}")
     a = self.data
-    return Var(a**n, [(self, lambda g: g*n*a**(n-1) if n else torch.zeros_like(g))], f'**{n}')
+    def rule(g): return g*n*a**(n-1) if n else torch.zeros_like(g)     # 0*a**-1 would be nan at a = 0
+    return Var(a**n, [(self, rule)], f'**{n}')
 
 @patch
 def __rtruediv__(self:Var, other): return other * self**-1
@@ -235,6 +258,7 @@ def __lt__(self:Var, other): return self.data < _value(other)
 @patch
 def __le__(self:Var, other): return self.data <= _value(other)
 
+# %% ../nbs/07_autograd.ipynb #0db01896
 @patch(cls_method=True)
 def __torch_function__(cls:Var, func, types, args=(), kwargs=None):
     return where(*args, **(kwargs or {})) if func is torch.where else NotImplemented

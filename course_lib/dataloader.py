@@ -126,196 +126,6 @@ def _luck(seed):
         finally:
             for f,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before): f(state)
 
-# %% ../nbs/02_dataloader.ipynb #527cefac
-def _from_bytes(a, dtype, shape): return torch.from_numpy(a).view(dtype).reshape(shape)
-
-class _Pickler(pickle.Pickler):
-    "Pickles tensors as NumPy arrays of bytes, which pickle can hand over instead of writing them down"
-    def reducer_override(self, o):
-        if type(o) is not Tensor or o.device.type!='cpu' or o.layout!=torch.strided or not o.numel():
-            return NotImplemented
-        return _from_bytes, (o.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), o.dtype, o.shape)
-
-def _pickled(batch):
-    "`batch` as a note (its structure, as bytes) and its parts (arrays of bytes)"
-    note,parts = io.BytesIO(),[]
-    _Pickler(note, protocol=5, buffer_callback=parts.append).dump(batch)
-    return note.getvalue(), [np.frombuffer(o.raw(), dtype=np.uint8) for o in parts]
-
-def _unpickled(note, parts, memory):
-    "The batch; its parts are bytes, or places in `memory`, from which they are copied"
-    return pickle.loads(note, buffers=[bytearray(o) if isinstance(o, bytes) else memory.numpy()[slice(*o)].copy()
-                                       for o in parts])
-
-# %% ../nbs/02_dataloader.ipynb #44ef2b49
-def _messages(note, parts, slot, memory):
-    "What a worker sends to deliver a batch, by way of `memory[slot]` if it fits in there"
-    ends = np.cumsum([0] + [-(-len(o)//64)*64 for o in parts]).tolist()     # each begins at a multiple of 64
-    places = [(start, start+len(o)) for start,o in zip(ends, parts)]
-    if ends[-1] <= len(memory.get(slot, ())):
-        for (start,end),o in zip(places, parts): memory[slot].numpy()[start:end] = o
-        return [('batch', note, places, False)]
-    memory[slot] = torch.empty(ends[-1]*5//4, dtype=torch.uint8, device='cpu').share_memory_()
-    return [('batch', note, [o.tobytes() for o in parts], True), memory[slot]]
-
-# %% ../nbs/02_dataloader.ipynb #27e6ee5e
-_pipes = weakref.WeakSet()      # the loaders' ends of all pipes
-
-def _listen(pipe, jobs):
-    "Put what comes through `pipe` into the queue `jobs`; when there is nobody at the other end, end the process"
-    while True:
-        try: job = pipe.recv()
-        except (EOFError, OSError): job = None
-        if job is None: os._exit(0)
-        jobs.put(job)
-
-def _work(ds, collate_func, pipe):
-    "The life of a worker: make a batch for each job that comes through `pipe`"
-    for o in _pipes: o.close()      # a forked process gets copies of them, and would keep them open
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)        # each worker is one pair of hands
-    jobs,memory = SimpleQueue(),{}
-    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
-    while True:
-        slot,seed,idxs = jobs.get()
-        _seed_generators(seed)
-        try: messages = _messages(*_pickled(_fetch(ds, idxs, collate_func)), slot, memory)
-        except Exception as e: messages = [('error', *_told(e, idxs))]
-        if sys.stdout: sys.stdout.flush()
-        try:
-            for o in messages: pipe.send(o)
-        except (BrokenPipeError, ConnectionResetError): os._exit(0)
-
-def _told(e, idxs):
-    "The message and the traceback of an exception: both are text, and so can be sent whatever it was"
-    message = str(e) if isinstance(e, BatchError) else \
-        f"DataLoader: the batch of items {_few(idxs)} cannot be sent by a worker: {type(e).__name__}: {e}"
-    return message, ''.join(traceback.format_exception(e.__cause__ or e))
-
-# %% ../nbs/02_dataloader.ipynb #bd688bb7
-def _context():
-    "How to start processes: as the user chose; else by fork on Linux, so that a notebook's own classes work"
-    return mp.get_context(mp.get_start_method(allow_none=True) or ('fork' if sys.platform=='linux' else None))
-
-def _end(owner, processes, pipes):
-    "End the workers, if this is the process that started them"
-    if os.getpid()!=owner: return
-    for o in pipes:
-        with suppress(OSError): o.send(None)        # it may have ended already
-        o.close()
-    for o in processes:
-        o.join(2)
-        if o.is_alive(): o.kill(); o.join()
-
-class _TracebackOfWorker(Exception):
-    "Shown as the cause of an error that a worker sent"
-    def __init__(self, text): super().__init__(f'\n\n{text}')
-
-# %% ../nbs/02_dataloader.ipynb #1d32808d
-class _Workers:
-    "`n` processes that make batches of `ds`; they end when this object does"
-    def __init__(self, n, ds, collate_func):
-        self.processes,self.pipes = [],[]
-        self.waiting = [deque() for _ in range(n)]      # per worker, its jobs: (box for the batch, slot, numbers)
-        self.free = [[] for _ in range(n)]              # per worker, slots that were used and are not in use
-        self.memory = [{} for _ in range(n)]            # per worker, the memory of each slot
-        self.heard = set()                              # workers that have answered
-        self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self.pipes)
-        context = _context()
-        self.method = context.get_start_method()
-        for i in range(n):
-            ours,theirs = context.Pipe()
-            _pipes.add(ours)
-            process = context.Process(target=_work, args=(ds, collate_func, theirs), name=f'worker {i}', daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process); self.pipes.append(ours)
-
-    def run(self, jobs):
-        "The batches of `jobs`, pairs of seed and numbers, in order; each worker has at most two jobs at a time"
-        jobs,asked,n = enumerate(jobs),deque(),len(self.processes)
-        def ask():
-            for k,(seed,idxs) in islice(jobs, 1): asked.append((k%n, self._ask(k%n, seed, idxs)))
-        for _ in range(2*n): ask()
-        while asked:
-            batch = self._take(*asked.popleft())
-            ask()
-            yield batch
-
-# %% ../nbs/02_dataloader.ipynb #c4e6cc72
-@patch
-@contextmanager
-def _talk(self:_Workers):
-    "Run a block that talks to a worker; if it does not end well, end all workers"
-    if not self.end.alive: raise BatchError("DataLoader: the workers of this epoch have been ended; begin a new epoch")
-    try: yield
-    except BaseException:
-        self.end()
-        raise
-
-@patch
-def _ask(self:_Workers, i, seed, idxs):
-    "Give worker `i` a job; returns the box for its batch"
-    with self._talk():
-        box,slot = [],self.free[i].pop() if self.free[i] else len(self.waiting[i])
-        self.waiting[i].append((box, slot, idxs))
-        with suppress(BrokenPipeError, ConnectionResetError): self.pipes[i].send((slot, seed, idxs))
-        return box      # a broken pipe will be noticed where the answer is read
-
-@patch
-def _take(self:_Workers, i, box):
-    "The batch that comes from worker `i` in `box`"
-    with self._talk():
-        while not box: self._receive(i)
-    kind,*answer = box.pop()
-    if kind=='batch': return answer[0]
-    message,trace = answer
-    raise BatchError(message) from _TracebackOfWorker(trace)
-
-# %% ../nbs/02_dataloader.ipynb #04baff04
-@patch
-def _receive(self:_Workers, i):
-    "Wait for the next answer of worker `i`, and put it into its box"
-    box,slot,idxs = self.waiting[i].popleft()
-    message = self._message(i)
-    if message is None: raise BatchError(self._obituary(i, idxs))
-    kind,*answer = message
-    if kind=='batch':
-        note,parts,memory_follows = answer
-        answer = [_unpickled(note, parts, self.memory[i].get(slot))]
-        if memory_follows: self.memory[i][slot] = self._message(i)
-    self.free[i].append(slot)
-    box.append((kind, *answer))
-
-@patch
-def _message(self:_Workers, i):
-    "The next message of worker `i`; None if it has ended"
-    process,pipe = self.processes[i],self.pipes[i]
-    try:
-        while not pipe.poll(1):
-            if not process.is_alive() and not pipe.poll(): return None
-        message = pipe.recv_bytes()
-        self.heard.add(i)
-        return pickle.loads(message)
-    except (EOFError, OSError):     # the pipe was closed at the other end, or memory was offered and its owner is dead
-        process.join(1)
-        if process.is_alive(): raise
-        return None
-
-@patch
-def _obituary(self:_Workers, i, idxs):
-    "How worker `i` came to its end, and what to do about it"
-    code = self.processes[i].exitcode
-    name = next((s.name for s in signal.Signals if s==-code), f'signal {-code}')
-    how = f'was killed ({name})' if code<0 else f'ended with exit code {code}'
-    hint = "If memory ran out, use fewer workers or smaller batches; n_workers=0 shows an error where it happens."
-    if name=='SIGBUS': hint = "Shared memory is full (in a Docker container, allow more with --shm-size)."
-    if self.method!='fork' and i not in self.heard:
-        hint = ("A new process must be able to import the dataset's class: put it into a module, not into a notebook, "
-                "and the main part of a script under: if __name__ == '__main__'")
-    return f"DataLoader: worker {i} {how} before the batch of items {_few(idxs)} was ready. {hint}"
-
 # %% ../nbs/02_dataloader.ipynb #e1af6f56
 def _check(name, value, least):
     "Refuse anything but a whole number of at least `least`"
@@ -362,10 +172,7 @@ def __iter__(self:DataLoader): # iterator over the batches
     order = _shuffled(len(self.ds), seed)[:n] if self.shuffle else torch.arange(n, device='cpu')
     seeded = self.n_workers or self.seed is not None
     jobs = ((_mix(seed, k) if seeded else None, idxs.tolist()) for k,idxs in enumerate(order.split(self.bs)))
-    if not self.n_workers: return self._batches(jobs)
-    if self._workers is None or not self._workers.end.alive:
-        self._workers = _Workers(self.n_workers, self.ds, self.collate)
-    return self._workers.run(jobs)
+    return self._batches_by_workers(jobs) if self.n_workers else self._batches(jobs)
 
 @patch
 def _epoch_seed(self:DataLoader):
@@ -375,6 +182,7 @@ def _epoch_seed(self:DataLoader):
     if not self.shuffle and not self.n_workers: return None
     return torch.randint(2**32, (), generator=torch.default_generator, device='cpu').item()
 
+# %% ../nbs/02_dataloader.ipynb #651e0897
 @patch
 def _tensor_batches(self:DataLoader, n, seed):
     "Whole batches of tensors: slices, or picked by number"
@@ -504,3 +312,203 @@ def decode(self:Normalize,
 def __repr__(self:Normalize):
     mean,std = ([float(f'{o:.4g}') for o in t.flatten()] for t in (self.mean, self.std))
     return f'Normalize(mean={mean}, std={std})'
+
+# %% ../nbs/02_dataloader.ipynb #527cefac
+def _from_bytes(a, dtype, shape): return torch.from_numpy(a).view(dtype).reshape(shape)
+
+class _Pickler(pickle.Pickler):
+    "Pickles tensors as NumPy arrays of bytes, which pickle can hand over instead of writing them down"
+    def reducer_override(self, o):
+        if type(o) is not Tensor or o.device.type!='cpu' or o.layout!=torch.strided or not o.numel():
+            return NotImplemented
+        return _from_bytes, (o.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), o.dtype, o.shape)
+
+def _pickled(batch):
+    "`batch` as a note (its structure, as bytes) and its parts (arrays of bytes)"
+    note,parts = io.BytesIO(),[]
+    _Pickler(note, protocol=5, buffer_callback=parts.append).dump(batch)
+    return note.getvalue(), [np.frombuffer(o.raw(), dtype=np.uint8) for o in parts]
+
+def _unpickled(note, parts, memory):
+    "The batch; its parts are bytes, or places in `memory`, from which they are copied"
+    return pickle.loads(note, buffers=[bytearray(o) if isinstance(o, bytes) else memory.numpy()[slice(*o)].copy()
+                                       for o in parts])
+
+# %% ../nbs/02_dataloader.ipynb #44ef2b49
+def _messages(note, parts, slot, memory):
+    "What a worker sends to deliver a batch, by way of `memory[slot]` if it fits in there"
+    ends = np.cumsum([0] + [-(-len(o)//64)*64 for o in parts]).tolist()     # each begins at a multiple of 64
+    places = [(start, start+len(o)) for start,o in zip(ends, parts)]
+    if ends[-1] <= len(memory.get(slot, ())):
+        for (start,end),o in zip(places, parts): memory[slot].numpy()[start:end] = o
+        return [('batch', note, places, False)]
+    memory[slot] = torch.empty(ends[-1]*5//4, dtype=torch.uint8, device='cpu').share_memory_()
+    return [('batch', note, [o.tobytes() for o in parts], True), memory[slot]]
+
+# %% ../nbs/02_dataloader.ipynb #27e6ee5e
+_pipes = weakref.WeakSet()      # the loaders' ends of all pipes
+
+def _listen(pipe, jobs):
+    "Put what comes through `pipe` into the queue `jobs`; when there is nobody at the other end, end the process"
+    while True:
+        try: job = pipe.recv()
+        except (EOFError, OSError): job = None
+        if job is None: os._exit(0)
+        jobs.put(job)
+
+def _work(ds, collate_func, pipe):
+    "The life of a worker: make a batch for each job that comes through `pipe`"
+    for o in _pipes: o.close()      # a forked process gets copies of them, and would keep them open
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)        # each worker is one pair of hands
+    jobs,memory = SimpleQueue(),{}
+    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
+    while True:
+        slot,seed,idxs = jobs.get()
+        _seed_generators(seed)
+        try: messages = _messages(*_pickled(_fetch(ds, idxs, collate_func)), slot, memory)
+        except Exception as e: messages = [('error', *_told(e, idxs))]
+        if sys.stdout: sys.stdout.flush()
+        try:
+            for o in messages: pipe.send(o)
+        except (BrokenPipeError, ConnectionResetError): os._exit(0)
+
+# %% ../nbs/02_dataloader.ipynb #a07085bf
+def _told(e, idxs):
+    "The message and the traceback of an exception: both are text, and so can be sent whatever it was"
+    message = str(e) if isinstance(e, BatchError) else \
+        f"DataLoader: the batch of items {_few(idxs)} cannot be sent by a worker: {type(e).__name__}: {e}"
+    return message, ''.join(traceback.format_exception(e.__cause__ or e))
+
+# %% ../nbs/02_dataloader.ipynb #bd688bb7
+def _context():
+    "How to start processes: as the user chose; else by fork on Linux, so that a notebook's own classes work"
+    return mp.get_context(mp.get_start_method(allow_none=True) or ('fork' if sys.platform=='linux' else None))
+
+def _end(owner, processes, pipes):
+    "End the workers, if this is the process that started them"
+    if os.getpid()!=owner: return
+    for o in pipes:
+        with suppress(OSError): o.send(None)        # it may have ended already
+        o.close()
+    for o in processes:
+        o.join(2)
+        if o.is_alive(): o.kill(); o.join()
+
+class _TracebackOfWorker(Exception):
+    "Shown as the cause of an error that a worker sent"
+    def __init__(self, text): super().__init__(f'\n\n{text}')
+
+# %% ../nbs/02_dataloader.ipynb #1d32808d
+class _Workers:
+    "`n` processes that make batches of `ds`; they end when this object does"
+    def __init__(self, n, ds, collate_func):
+        self.processes,self.pipes = [],[]
+        self.waiting = [deque() for _ in range(n)]      # per worker, its jobs: (box for the batch, slot, numbers)
+        self.free = [[] for _ in range(n)]              # per worker, slots that were used and are not in use
+        self.memory = [{} for _ in range(n)]            # per worker, the memory of each slot
+        self.heard = set()                              # workers that have answered
+        self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self.pipes)
+        context = _context()
+        self.method = context.get_start_method()
+        for i in range(n):
+            ours,theirs = context.Pipe()
+            _pipes.add(ours)
+            process = context.Process(target=_work, args=(ds, collate_func, theirs), name=f'worker {i}', daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process); self.pipes.append(ours)
+
+    def run(self, jobs):
+        "The batches of `jobs`, pairs of seed and numbers, in order; each worker has at most two jobs at a time"
+        jobs,asked,n = enumerate(jobs),deque(),len(self.processes)
+        def ask():
+            for k,(seed,idxs) in islice(jobs, 1): asked.append((k%n, self._ask(k%n, seed, idxs)))
+        for _ in range(2*n): ask()
+        while asked:
+            batch = self._take(*asked.popleft())
+            ask()
+            yield batch
+
+# %% ../nbs/02_dataloader.ipynb #c4e6cc72
+@patch
+@contextmanager
+def _talk(self:_Workers):
+    "Run a block that talks to a worker; if it does not end well, end all workers"
+    if not self.end.alive: raise BatchError("DataLoader: the workers of this epoch have been ended; begin a new epoch")
+    try: yield
+    except BaseException:
+        self.end()
+        raise
+
+@patch
+def _ask(self:_Workers, i, seed, idxs):
+    "Give worker `i` a job; returns the box for its batch"
+    with self._talk():
+        box,slot = [],self.free[i].pop() if self.free[i] else len(self.waiting[i])
+        self.waiting[i].append((box, slot, idxs))
+        with suppress(BrokenPipeError, ConnectionResetError): self.pipes[i].send((slot, seed, idxs))
+        return box      # a broken pipe will be noticed where the answer is read
+
+@patch
+def _take(self:_Workers, i, box):
+    "The batch that comes from worker `i` in `box`"
+    with self._talk():
+        while not box: self._receive(i)
+    kind,*answer = box.pop()
+    if kind=='batch': return answer[0]
+    message,trace = answer
+    raise BatchError(message) from _TracebackOfWorker(trace)
+
+# %% ../nbs/02_dataloader.ipynb #04baff04
+@patch
+def _receive(self:_Workers, i):
+    "Wait for the next answer of worker `i`, and put it into its box"
+    box,slot,idxs = self.waiting[i].popleft()
+    message = self._message(i)
+    if message is None: raise BatchError(self._obituary(i, idxs))
+    kind,*answer = message
+    if kind=='batch':
+        note,parts,memory_follows = answer
+        answer = [_unpickled(note, parts, self.memory[i].get(slot))]
+        if memory_follows: self.memory[i][slot] = self._message(i)
+    self.free[i].append(slot)
+    box.append((kind, *answer))
+
+@patch
+def _message(self:_Workers, i):
+    "The next message of worker `i`; None if it has ended"
+    process,pipe = self.processes[i],self.pipes[i]
+    try:
+        while not pipe.poll(1):
+            if not process.is_alive() and not pipe.poll(): return None
+        message = pipe.recv_bytes()
+        self.heard.add(i)
+        return pickle.loads(message)
+    except (EOFError, OSError):     # the pipe was closed at the other end, or memory was offered and its owner is dead
+        process.join(1)
+        if process.is_alive(): raise
+        return None
+
+# %% ../nbs/02_dataloader.ipynb #1835a7c3
+@patch
+def _obituary(self:_Workers, i, idxs):
+    "How worker `i` came to its end, and what to do about it"
+    code = self.processes[i].exitcode
+    name = next((s.name for s in signal.Signals if s==-code), f'signal {-code}')
+    how = f'was killed ({name})' if code<0 else f'ended with exit code {code}'
+    hint = "If memory ran out, use fewer workers or smaller batches; n_workers=0 shows an error where it happens."
+    if name=='SIGBUS': hint = "Shared memory is full (in a Docker container, allow more with --shm-size)."
+    if self.method!='fork' and i not in self.heard:
+        hint = ("A new process must be able to import the dataset's class: put it into a module, not into a notebook, "
+                "and the main part of a script under: if __name__ == '__main__'")
+    return f"DataLoader: worker {i} {how} before the batch of items {_few(idxs)} was ready. {hint}"
+
+# %% ../nbs/02_dataloader.ipynb #fca75387
+@patch
+def _batches_by_workers(self:DataLoader, jobs):
+    "Batches made by workers, which are started if there are none"
+    if self._workers is None or not self._workers.end.alive:
+        self._workers = _Workers(self.n_workers, self.ds, self.collate)
+    return self._workers.run(jobs)

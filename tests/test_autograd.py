@@ -20,7 +20,8 @@ pairs = mutually_broadcastable_shapes(num_shapes=2, max_dims=3, max_side=3).map(
 def numbers(seed, *shapes):
     "Float64 tensors away from 0 and, with probability one, from ties: 0.5 to 1.5, either sign"
     g = torch.Generator().manual_seed(seed)
-    return [(torch.rand(s, generator=g, dtype=torch.float64) + 0.5) * (torch.randint(2, s, generator=g)*2 - 1) for s in shapes]
+    return [(torch.rand(s, generator=g, dtype=torch.float64) + 0.5) * (torch.randint(2, s, generator=g)*2 - 1)
+            for s in shapes]
 
 def nudged(f, xs, g, by=1e-6):
     "Gradients of (f(*xs)*g).sum(), one number at a time"
@@ -49,8 +50,9 @@ def check(f, xs, seed=0):
 binary = {'+': lambda a,b: a+b, '-': lambda a,b: a-b, '*': lambda a,b: a*b, '/': lambda a,b: a/b,
           'where': lambda a,b: torch.where(a<=b, a, b), 'where, one side': lambda a,b: torch.where(a>0, 2., b) + a,
           'twice': lambda a,b: a*b + a/b - b*b}
-unary = {'-': lambda a: -a, '**3': lambda a: a**3, '**-2': lambda a: a**-2, '**0': lambda a: a**0, '**1': lambda a: a**1,
-         'exp': lambda a: a.exp(), 'log': lambda a: (a*a).log(), 'sigmoid': lambda a: a.sigmoid(), 'relu': lambda a: a.relu(),
+unary = {'-': lambda a: -a, '**3': lambda a: a**3, '**-2': lambda a: a**-2, '**0': lambda a: a**0,
+         '**1': lambda a: a**1, 'exp': lambda a: a.exp(), 'log': lambda a: (a*a).log(),
+         'sigmoid': lambda a: a.sigmoid(), 'relu': lambda a: a.relu(),
          'sum': lambda a: a.sum(), 'mean': lambda a: a.mean(), '2-a': lambda a: 2-a, '2/a': lambda a: 2/a,
          'flat': lambda a: a.reshape(-1)*a.reshape(-1), 'reused': lambda a: a.sigmoid()*a + a}
 
@@ -100,7 +102,8 @@ def test_constants_on_either_side(shapes, op, seed):
     check(lambda b: binary[op](a, b), [b], seed)
 
 @some
-@given(st.lists(st.tuples(st.sampled_from('+-*'), st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=12), seeds)
+@given(st.lists(st.tuples(st.sampled_from('+-*'), st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=12),
+       seeds)
 def test_any_graph(steps, seed):
     "Operations between any two earlier results, so that Vars are used many times"
     def f(*xs):
@@ -160,6 +163,16 @@ def test_torch_autograd_is_not_used(monkeypatch):
     assert not y.data.requires_grad and not w.grad.requires_grad and w.grad.abs().min()>0
     with pytest.raises(ValueError, match='detach'): w*torch.ones(3, 1, requires_grad=True)
 
+def test_slopes_of_the_inputs_of_an_mlp():
+    from course_lib.linear import mnist_loss
+    from course_lib.mlp import MLP
+    net,xb,yb = MLP(5, 4, 1),torch.randn(6,5),torch.tensor([[1.],[0.]]*3)
+    x,ref = Var(xb),xb.clone().requires_grad_()
+    mnist_loss(net(ref), yb).backward()
+    net.layers = [(Var(w.detach()), Var(b.detach())) for w,b in net.layers]
+    mnist_loss(net(x), yb).backward()
+    torch.testing.assert_close(x.grad, ref.grad)
+
 def test_graph_text():
     a,b = Var(2., name='a'),Var(torch.ones(2), name='b')
     y = (a*b).sum()
@@ -169,6 +182,7 @@ def test_graph_text():
     assert 'grad –' in graph(a*b)
 
 def test_import_is_light():
-    code = "import sys, course_lib.autograd as a; print([m for m in sys.modules if m.startswith(('course_lib.', 'matplotlib', 'pandas'))])"
+    code = ("import sys, course_lib.autograd as a\n"
+            "print([m for m in sys.modules if m.startswith(('course_lib.', 'matplotlib', 'pandas'))])")
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.strip()=="['course_lib.autograd']"
