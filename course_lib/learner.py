@@ -8,7 +8,7 @@ __all__ = ['EVENTS', 'CancelBatchException', 'CancelEpochException', 'CancelFitE
 
 # %% ../nbs/10_learner.ipynb #87b5a831
 import inspect, math
-from collections.abc import Callable as Function
+from collections.abc import Callable
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -70,7 +70,8 @@ def get_hyper(
 ): # a number
     "A hyper-parameter of an optimizer, in the first of its groups of parameters"
     groups,key = _hyper(opt, name)
-    return groups[0][key][0] if key=='betas'!=name else groups[0][key]
+    value = groups[0][key]
+    return value[0] if name=='mom' and key=='betas' else value
 
 def set_hyper(
     opt, # an optimizer, of course_lib.optim or torch.optim
@@ -79,7 +80,7 @@ def set_hyper(
 ):
     "Set a hyper-parameter of an optimizer, in all its groups of parameters"
     groups,key = _hyper(opt, name)
-    for g in groups: g[key] = (value, *g[key][1:]) if key=='betas'!=name else value
+    for g in groups: g[key] = (value, *g[key][1:]) if name=='mom' and key=='betas' else value
 
 # %% ../nbs/10_learner.ipynb #19dacfb8
 def _set_mode(model, training):
@@ -117,12 +118,12 @@ def _loss_error(loss):
 class Learner:
     "Trains `model` on `dls.train`, judges it on `dls.valid`, and lets callbacks do the rest"
     def __init__(self,
-        model:Function, # anything that can be called and has `parameters()`: of this library, of torch.nn, or your own
+        model:Callable, # anything that can be called and has `parameters()`: of this library, of torch.nn, or your own
         dls, # `DataLoaders`, or anything with `train` and `valid`, both giving pairs (xb, yb)
-        loss_func:Function, # takes predictions and targets, and returns the loss, ()
+        loss_func:Callable, # takes predictions and targets, and returns the loss, ()
         lr:float, # learning rate
         cbs=None, # a callback, or a list of them
-        opt_func:Function=SGD, # takes a list of parameters and a learning rate, and returns an optimizer
+        opt_func:Callable=SGD, # takes a list of parameters and a learning rate, and returns an optimizer
     ):
         if not callable(model) or not hasattr(model, 'parameters'):
             raise TypeError(f"Learner: the model is a {type(model).__name__} without parameters() or __call__; "
@@ -132,8 +133,12 @@ class Learner:
         self.step_count,self.start_epoch,self._params = 0,0,None
         self.add_cbs(cbs)
 
-    def backward(self): self.loss.backward()    # two small steps of their own, so that a callback can replace them
-    def step(self): self.opt.step()
+    def backward(self):
+        "Compute the gradients of the loss"
+        self.loss.backward()
+    def step(self):
+        "Let the optimizer do a step"
+        self.opt.step()
 
 # %% ../nbs/10_learner.ipynb #9b6d8ad1
 @patch
@@ -176,6 +181,7 @@ def _collect(self:Learner, events=EVENTS):
 def _fire(self:Learner, event):
     for handler in self._handlers[event]: handler()
 
+# %% ../nbs/10_learner.ipynb #0f145647
 @patch
 def _stage(self:Learner, name, cancel, body):
     "Fire before_…, do `body`, fire after_…; `cancel` ends that early, and cleanup_… fires whatever happens"
@@ -200,13 +206,13 @@ def _clean(self:Learner, event, error=None):
             else: first.add_note(f"And then {getattr(handler, '__qualname__', event)} failed too, with {e!r}")
     if first is not error: raise first
 
-# %% ../nbs/10_learner.ipynb #0f145647
+# %% ../nbs/10_learner.ipynb #32abd730
 @patch
 def _one_batch(self:Learner):
     self.preds = self.model(self.xb)
     self._fire('after_pred')
     self.loss = loss = self.loss_func(self.preds, self.yb)
-    if not isinstance(loss, Tensor) or loss.ndim or not (loss.requires_grad or not self.training):
+    if not isinstance(loss, Tensor) or loss.ndim or (self.training and not loss.requires_grad):
         raise _loss_error(loss)
     self._fire('after_loss')
     if self.training: self._update()
