@@ -46,7 +46,7 @@ def make_dls(kind):
 def make_learner(kind, cbs=()):
     own = kind!='torch'
     cbs = [SetupLearnerCB('cpu'), TrackResults(), MetricsCB(top=lambda p,t: p.max(1).values.mean()), GradClip(1.),
-           EarlyStopping(patience=10, restore=kind=='seeded'), ActivationStats(), *cbs]
+           EarlyStopping(patience=10, min_delta=10.), ActivationStats(), *cbs]
     if kind=='seeded': cbs.append(MixedPrecisionCB(torch.float16))
     opt_func = AdamW if own else lambda params,lr: torch.optim.SGD(params, lr, momentum=0.9)
     return Learner(OurModel() if own else torch_model(), make_dls(kind), F.cross_entropy, 0.01, cbs, opt_func)
@@ -72,6 +72,7 @@ def whole_state(learn):
     "All that must be the same"
     draws = [random.random(), random.gauss(0, 1), np.random.randn(), torch.randn(3)]
     return dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), history=learn.history, draws=draws,
+                memory={name: cb.state_dict() for name,cb in callbacks._with_memory(learn.cbs).items()},
                 step_count=learn.step_count, epochs=[getattr(dl, 'epoch', 0) for dl in (learn.dls.train, learn.dls.valid)])
 
 def run(kind, folder, seed, event, step):
