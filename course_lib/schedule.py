@@ -41,7 +41,8 @@ class _Kept:
         self.opt = copy.deepcopy(learner.opt.state_dict())
         self.history,self.step_count = copy.deepcopy(learner.history),learner.step_count
         self.epochs = [getattr(dl, 'epoch', None) for dl in self.loaders]
-        self.luck = [read() for read,_ in _generators()]
+        self.luck = [read() for read,_ in _generators()]        # the random states
+        # a PyTorch loader's own generator
         self.draws = [(g, g.get_state()) for dl in self.loaders if (g := getattr(dl, 'generator', None)) is not None]
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ def _exploded(self:LRFinder, loss):
     self._average = 0.8*self._average + 0.2*loss
     now = self._average / (1 - 0.8**len(self.losses))       # the average began at 0; this makes up for it
     self._best = min(now, self._best) if len(self.losses)>1 else now
-    return now > self._best + (self.worst-1)*abs(self._best)
+    return now > self._best + (self.worst-1)*abs(self._best)     # `worst` times the best, also for losses below zero
 
 # %% ../nbs/12_schedule.ipynb #c7d729ed
 @patch

@@ -249,14 +249,15 @@ def test_it_sees_where_gradient_descent_diverges(curvature):
 
 def test_who_takes_part_in_a_sweep():
     class Watch(Callback):
-        def before_fit(self): self.fits = getattr(self, 'fits_before', 0)+1
+        fits = 0
+        def before_fit(self): self.fits += 1
     class Late(Watch): order = 50
     class Shy(Watch): in_lr_find = False
     watch,late,shy,sched = Watch(),Late(),Shy(),CosineAnneal()
     learn = learner(cbs=[watch, late, shy, sched])
     cbs = list(learn.cbs)
     lr_find(learn, n=40, plot=False)
-    assert watch.fits==1 and 'fits' not in vars(late) and 'fits' not in vars(shy) and not sched.lrs
+    assert (watch.fits,late.fits,shy.fits)==(1, 0, 0) and not sched.lrs
     assert learn.cbs==cbs
 
 def test_sweep_lrs_are_a_geometric_row():
@@ -276,3 +277,9 @@ def test_negative_losses_do_not_end_a_sweep_at_once():
     finder = LRFinder(1e-4, 1e-2, 40)
     learn.fit(40, cbs=finder)
     assert len(finder.lrs)==40
+
+def test_a_fall_beyond_the_lowest_point_is_not_suggested():
+    finder = LRFinder(n=100)
+    finder.lrs = np.geomspace(1e-4, 10, 100).tolist()
+    finder.losses = np.interp(np.arange(100), [0,40,60,70,99], [2,1,2,1.2,1.2]).tolist()     # the second fall is steeper
+    assert finder.suggestion() < finder.lrs[40]
