@@ -209,8 +209,8 @@ class ActivationStats(Callback):
         self.handles,self.stats = [],{}
 
     def before_fit(self):
-        mods = [(name,m) for name,m in self.model.named_modules() if not list(m.children())]
-        mods = [(name,m) for name,m in mods if self.kinds is None or isinstance(m, self.kinds)]
+        def watched(m): return isinstance(m, self.kinds) if self.kinds else not list(m.children())
+        mods = [(name,m) for name,m in self.model.named_modules() if watched(m)]
         if not mods: raise ValueError(f"ActivationStats: the model has no layer of {self.kinds}; kinds=None takes all")
         self.stats = {f'{name} {type(m).__name__}'.strip(): [] for name,m in mods}
         self.handles = [m.register_forward_hook(partial(self._record, o)) for o,(_,m) in zip(self.stats.values(), mods)]
