@@ -13,8 +13,7 @@ MODULES = sorted(p.stem for p in (ROOT/'course_lib').glob('*.py') if not p.stem.
 NUMBER = {p.stem.partition('_')[2]: int(p.name[:2]) for p in CHAPTERS}
 
 # What should not stand in a saved output: paths of the machine that made it, and addresses in its memory
-LOCAL = re.compile('|'.join([re.escape(str(ROOT)), re.escape(str(Path.home()))+r'\b', r'(?<!\w)/(home|Users|tmp|private)/',
-                             r'[A-Z]:\\\\', r'0x[0-9a-f]{8,}']))
+LOCAL = re.compile(rf'{re.escape(str(ROOT))}/|(?<!\w)/(home|root|Users|tmp|private)/|[A-Z]:\\\\|0x[0-9a-f]{{8,}}')
 
 def read(path): return nbformat.read(path, as_version=4)
 def outputs(nb): return [(i,o) for i,c in enumerate(nb.cells) for o in c.get('outputs', [])]
