@@ -79,7 +79,7 @@ class MetricsCB(Callback):
         n = len(self.yb)
         self.n += n
         for name,f in self.metrics.items():
-            self.sums[name] = self.sums.get(name, 0.) + torch.as_tensor(f(self.preds.detach(), self.yb))*n
+            self.sums[name] = self.sums.get(name, 0.) + torch.as_tensor(f(self.preds, self.yb))*n
 
     def after_epoch(self):
         for name,total in self.sums.items(): self.history[-1][name] = float(total)/self.n
