@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, OUT = ROOT/'nbs', ROOT/'_run'
 CELL_TIMEOUT = 600  # seconds
 
+def memory(p):
+    "Bytes that process `p` takes; on Linux, memory that several processes share is divided among them"
+    m = p.memory_full_info() if sys.platform=='linux' else p.memory_info()
+    return getattr(m, 'pss', m.rss)
+
 class Chapter:
     "One notebook and what running it gave: `seconds`, `peak` (MiB, with its worker processes) and `results`"
     def __init__(self, path, stop):
@@ -62,10 +67,10 @@ class Chapter:
             with suppress(psutil.Error):    # a process may end between being listed and being read
                 kernel = psutil.Process(km.provisioner.pid)
                 processes = [*kernel.children(recursive=True), kernel]
-                self.peak = max(self.peak, sum(p.memory_info().rss for p in processes) >> 20)
+                self.peak = max(self.peak, sum(map(memory, processes)) >> 20)
                 if self.stop.is_set():
                     for p in processes: p.kill()
-            if done.wait(0.2): return
+            if done.wait(0.5): return
 
     def explain(self):
         "Name the notebook, the cell and the error of a failed run"
