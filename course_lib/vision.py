@@ -166,7 +166,7 @@ def resnet18(
     n_out:int=1000, # classes
     nf:int=64, # channels of the first stage; the fourth has eight times as many
 )->Module: # images (bs, n_in, h, w) -> scores (bs, n_out)
-    "The residual network with 18 layers that have weights ([He et al. 2015](https://arxiv.org/abs/1512.03385), table 1)"
+    "The residual network with 18 weighted layers ([He et al. 2015](https://arxiv.org/abs/1512.03385), table 1)"
     stem = [ConvLayer(n_in, nf, ks=7, stride=2, norm=True), MaxPool()]
     nfs = [nf, nf, nf*2, nf*4, nf*8]
     stages = [Sequential(ResBlock(nfs[i], nfs[i+1], stride=1 if i==0 else 2), ResBlock(nfs[i+1], nfs[i+1]))
