@@ -12,12 +12,13 @@ export OMP_NUM_THREADS = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lab save clean
+.PHONY: help env run test lab bench save clean
 
 help:
 	@echo "make run    run every chapter from top to bottom and print the ladder of results"
 	@echo "make test   run every check: notebooks and library in step, chapters as tests, pytest"
 	@echo "make lab    read the course in JupyterLab, starting at the index"
+	@echo "make bench  measure the library against its peers, side by side: docs/benchmarks.md says how"
 	@echo "make save   for authors: export, run and save all chapters, or some: make save NB='02 05'"
 	@echo "make clean  remove .venv and everything the other targets made"
 
@@ -35,8 +36,11 @@ test: env
 lab: env
 	$(BIN)/jupyter lab nbs/index.ipynb
 
+bench: env
+	@$(PY) tools/bench.py
+
 save: env
 	@$(PY) tools/run.py --save $(NB)
 
 clean:
-	rm -rf .venv _run _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv _run _docs _bench build dist *.egg-info .pytest_cache .hypothesis
