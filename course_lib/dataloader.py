@@ -186,11 +186,14 @@ def _epoch_seed(self:DataLoader):
 @patch
 def _tensor_batches(self:DataLoader, n, seed):
     "Whole batches of tensors: slices, or picked by number"
-    xy = self.ds.x,self.ds.y
-    if not self.shuffle: return zip(*[t[:n].split(self.bs) for t in xy])
+    x,y,starts = self.ds.x,self.ds.y,range(0, n, self.bs)
+    if not self.shuffle: return ((x[i:i+self.bs], y[i:i+self.bs]) for i in starts)
     order = _shuffled(len(self.ds), seed)[:n]
-    def picked(t): return (t.index_select(0, idxs) for idxs in order.to(t.device).split(self.bs))
-    return zip(*map(picked, xy))
+    def picked(t):
+        idxs = order.to(t.device)
+        if t.ndim==1: return t.index_select(0, idxs).split(self.bs)     # one number each: pick all of them at once
+        return (t.index_select(0, idxs[i:i+self.bs]) for i in starts)
+    return zip(picked(x), picked(y))
 
 @patch
 def _batches(self:DataLoader, jobs):

@@ -102,6 +102,7 @@ class ImageDataset:
         label:Callable=folder_label, # takes a file, returns the name of its class
     ):
         self.files = [Path(f) for f in files]
+        for f in self.files: str(f)     # a Path keeps its text: made here once, and not in each worker anew
         names = [label(f) for f in self.files]
         self.classes = sorted(set(names)) if classes is None else list(classes)
         number = val2idx(self.classes)

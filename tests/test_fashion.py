@@ -1,0 +1,295 @@
+"A whole project: its network, its tables, and an experiment that is killed and goes on"
+import csv, json, math, os, signal, subprocess, sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np, pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from course_lib import fashion, module
+from course_lib.callbacks import CheckpointCB, TrackResults
+from course_lib.core import set_seed, test_near
+from course_lib.dataloader import DataLoader, DataLoaders, Dataset
+from course_lib.fashion import (Network, RunBuilder, RunManager, confusion_matrix, get_all_preds, get_num_correct,
+                                plot_confusion_matrix)
+from course_lib.learner import Callback, CancelFitException, Learner
+from course_lib.losses import accuracy
+from course_lib.optim import Adam
+
+EPOCHS = 2
+RUNS = RunBuilder.get_runs(dict(lr=[0.1, 0.01], bs=[20, 30]))    # 3 or 2 training batches in an epoch of 60 items
+
+class Kill(Callback):
+    "Ends the process, without a chance to clean up, at training batch `at`, counted over all runs"
+    order = 200
+    def __init__(self, at): self.left = at
+    def after_batch(self):
+        self.left -= self.training
+        if self.left<0: os.kill(os.getpid(), signal.SIGKILL)
+
+def make_learner(run, cbs=()):
+    set_seed(1)
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(90, 5, generator=g)
+    y = x[:,:3].argmax(1)
+    dls = DataLoaders.from_datasets(Dataset(x[:60], y[:60]), Dataset(x[60:], y[60:]), bs=run.bs, seed=4)
+    return Learner(nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 3)), dls, F.cross_entropy, run.lr,
+                   [TrackResults(), *cbs], Adam)
+
+def experiment(folder, checkpoints, cbs=()):
+    "What a process does: go through the runs that are not finished"
+    manager = RunManager(folder/'grid.json')
+    for run in manager.todo(RUNS):
+        saved = [CheckpointCB(folder/f'{run.lr}-{run.bs}', resume=True)] if checkpoints else []
+        make_learner(run, [*saved, *cbs]).fit(EPOCHS, cbs=manager)
+    return manager
+
+def without_time(rows): return [{k: v for k,v in row.items() if k!='seconds'} for row in rows]
+def read(folder): return json.loads((folder/'grid.json').read_text()) if (folder/'grid.json').exists() else []
+
+def killed_again_and_again(folder, checkpoints):
+    """Run `experiment` in processes that are killed, each a little later, until one comes to its end; returns what was
+    in the file after each"""
+    found = []
+    for at in [0, 1, 4, 2, 6, 3, 5, 7, 5, 30]:
+        pid = os.fork()
+        if not pid:
+            try: experiment(folder, checkpoints, [Kill(at)])
+            except BaseException as e: os.write(2, repr(e).encode())
+            else: os._exit(0)
+            os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+        found.append([os.WIFSIGNALED(status) and os.WTERMSIG(status), os.waitstatus_to_exitcode(status), read(folder)])
+        if not found[-1][0]: break
+    return found
+
+def dying_writes(folder):
+    "Processes that are killed within the writing of the files, each at a later move of a file"
+    found = []
+    for n in range(6):
+        pid = os.fork()
+        if not pid:
+            replace,calls = os.replace,[]
+            def dying(a, b):
+                calls.append(b)
+                if len(calls)==3+n: os.kill(os.getpid(), signal.SIGKILL)
+                replace(a, b)
+            fashion.os.replace = dying
+            experiment(folder, False)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        found.append([os.WIFSIGNALED(status), 0, read(folder)])
+    return found
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+    """Folders where experiments were killed, and what was found after each time
+
+    A process that forks must not have computed with several threads before, so it is a new one."""
+    if not hasattr(os, 'fork'): pytest.skip('this system cannot fork')
+    folder,env = tmp_path_factory.mktemp('killed'),{**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode==0, done.stderr
+    return folder,json.loads(done.stdout)
+
+def progress(runs): return sum(len(r['epochs']) for r in runs if r['finished'])
+
+@pytest.mark.parametrize('how', ['plain', 'checkpoints'])
+def test_a_killed_experiment_goes_on_and_ends_with_the_same_rows(tmp_path, killed, how):
+    folder,found = killed[0]/how,killed[1][how]
+    *before,(signalled,code,_) = found
+    assert len(before)>3 and all(o[0]==signal.SIGKILL for o in before), 'they should have been killed'
+    assert (signalled, code)==(False, 0)
+    done = [progress(runs) for _,_,runs in found]
+    assert done==sorted(done), 'no finished run is ever lost'
+    assert any(not r['finished'] for _,_,runs in before for r in runs), 'one was killed with an epoch of a run done'
+    undisturbed = experiment(tmp_path, False)
+    manager = RunManager(folder/'grid.json')
+    assert without_time(manager.rows())==without_time(undisturbed.rows())
+    assert [*manager.todo(RUNS)]==[]
+    with open(folder/'grid.csv', newline='') as f: rows = [*csv.DictReader(f)]
+    assert [float(r['valid_loss']) for r in rows]==[r['valid_loss'] for r in manager.rows()]
+
+def test_killed_while_writing(killed):
+    "Whenever it dies, there is a whole file, and no finished run is lost"
+    folder,found = killed[0]/'writes',killed[1]['writes']
+    assert [o[0] for o in found]==[True]*6
+    for _,_,runs in found: assert sum(len(r['epochs']) for r in runs)>=1
+    done = [progress(runs) for _,_,runs in found]
+    assert done==sorted(done)
+    experiment(folder, False)
+    with open(folder/'grid.csv', newline='') as f: assert len([*csv.DictReader(f)])==len(RUNS)*EPOCHS
+
+def test_checkpoints_keep_the_epochs_before_them(tmp_path):
+    "With a checkpoint a run goes on after its last whole epoch, and the row of that epoch stays, seconds and all"
+    class Stop(Callback):
+        def before_epoch(self):
+            if self.training and self.epoch==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): experiment(tmp_path, True, [Stop()])
+    first, = read(tmp_path)
+    assert len(first['epochs'])==1 and not first['finished']
+    experiment(tmp_path, True)
+    assert read(tmp_path)[0]['epochs'][0]==first['epochs'][0]
+    (tmp_path/'grid.json').unlink()
+    with pytest.raises(ValueError, match='has done 2 epochs .* knows 0'): experiment(tmp_path, True)
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    manager = RunManager(tmp_path/'a.json')
+    manager.begin_run(dict(lr=1))
+    manager.begin_epoch()
+    manager.end_epoch(loss=1.)
+    before = (tmp_path/'a.json').read_bytes(), (tmp_path/'a.csv').read_bytes()
+    def full(_): raise OSError('no space left on device')
+    monkeypatch.setattr(fashion.os, 'fsync', full)
+    manager.begin_epoch()
+    with pytest.raises(OSError): manager.end_epoch(loss=0.5)
+    assert ((tmp_path/'a.json').read_bytes(), (tmp_path/'a.csv').read_bytes())==before
+    assert len(RunManager(tmp_path/'a.json').rows())==1
+
+def test_numbers_that_json_lacks(tmp_path):
+    manager = RunManager(tmp_path/'a.json')
+    manager.begin_run(dict(lr=1))
+    manager.begin_epoch()
+    manager.end_epoch(loss=math.nan, valid_accuracy=torch.tensor(0.5), other=math.inf)
+    manager.end_run()
+    def refuse(o): raise AssertionError(o)
+    row = json.loads((tmp_path/'a.json').read_text(), parse_constant=refuse)[0]['epochs'][0]
+    assert (row['loss'], row['other'], row['valid_accuracy'])==(None, None, 0.5)
+    assert RunManager(tmp_path/'a.json').table().loss.isna().all()
+
+@pytest.mark.parametrize('text', ['', '[{"params": {"lr"', '{"a": 1}', '[1]', '[{"params": {}}]', '"x"', '3'])
+def test_a_file_of_another_kind_is_refused_and_left_alone(tmp_path, text):
+    (tmp_path/'a.json').write_text(text)
+    with pytest.raises(ValueError, match='move it away'): RunManager(tmp_path/'a.json')
+    assert (tmp_path/'a.json').read_text()==text
+
+def test_manager_refuses_what_it_cannot_keep(tmp_path):
+    manager = RunManager(tmp_path/'a.json')
+    with pytest.raises(RuntimeError, match='no run has begun'): make_learner(RUNS[0]).fit(1, cbs=manager)
+    with pytest.raises(RuntimeError, match='no run has begun'): manager.end_run()
+    for bad,why in [(dict(lr=math.nan), 'lr is nan'), (dict(opt=Adam), 'opt is'), (dict(lr=[1]), r'lr is \[1\]'),
+                    (dict(epoch=1), 'called epoch'), ({}, 'no hyper-parameters')]:
+        with pytest.raises((TypeError, ValueError), match=why): manager.begin_run(bad)
+    manager.begin_run(dict(lr=1))
+    with pytest.raises(RuntimeError, match='no epoch has begun'): manager.end_epoch(loss=1.)
+    with pytest.raises(RuntimeError, match='without an epoch'): manager.end_run()
+    manager.begin_epoch()
+    with pytest.raises(RuntimeError, match='epoch 1 has not ended'): manager.begin_epoch()
+    with pytest.raises(RuntimeError, match='in the middle'): manager.end_run()
+    for name in 'lr', 'run', 'seconds':
+        with pytest.raises(ValueError, match=f'called {name}'): manager.end_epoch(**{name: 1.})
+    manager.end_epoch(loss=1.)              # a mistake in a name does not cost the epoch
+    manager.end_run()
+    assert not RunManager(tmp_path/'a.json').is_finished(dict(lr=1.5))
+
+def test_fits_that_are_not_plain(tmp_path):
+    manager = RunManager(tmp_path/'a.json')
+    with pytest.raises(RuntimeError, match='fit needs one'):
+        manager.begin_run(RUNS[0])
+        make_learner(RUNS[0]).fit(2, cbs=manager, valid=False)
+    manager.begin_run(RUNS[0])
+    learn = make_learner(RUNS[0])
+    learn.fit(1, cbs=manager)
+    learn.fit(2, cbs=manager)               # a second fit of the same run goes on
+    manager.end_run()
+    losses = [o['loss'] for o in learn.history if not o['train']]
+    assert [r['valid_loss'] for r in manager.rows()]==losses and len(losses)==3
+    class StopEarly(Callback):
+        def before_epoch(self):
+            if self.epoch==1: raise CancelFitException
+    for run in manager.todo(RUNS[:2]): make_learner(run, [StopEarly()]).fit(5, cbs=manager)
+    assert [len(r['epochs']) for r in manager.runs]==[3, 1] and all(r['finished'] for r in manager.runs)
+
+def test_table_without_pandas(tmp_path, monkeypatch):
+    manager = RunManager(tmp_path/'a.json')
+    monkeypatch.setitem(sys.modules, 'pandas', None)
+    with pytest.raises(ImportError, match='pip install pandas'): manager.table()
+    with pytest.raises(ValueError, match='nothing at all yet'): manager.plot()
+    assert manager.rows()==[]
+
+names = st.from_regex(r'[a-z][a-z0-9]{0,5}', fullmatch=True).filter(lambda o: not fashion.keyword.iskeyword(o))
+@given(st.dictionaries(names, st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), max_size=4))
+@settings(deadline=None, max_examples=30)
+def test_runs_are_the_product(params):
+    runs = RunBuilder.get_runs(params)
+    assert [tuple(r) for r in runs]==[*product(*params.values())]
+    assert all(list(r._asdict())==list(params) for r in runs)
+
+def test_runs_take_generators_and_refuse_nonsense():
+    assert [r.lr for r in RunBuilder.get_runs({'lr': (10**-i for i in (1, 2))})]==[0.1, 0.01]
+    for bad in 'class', '_lr', '1st', 'a-b', '':
+        with pytest.raises(ValueError, match='cannot be the name'): RunBuilder.get_runs({bad: [1]})
+    with pytest.raises(TypeError, match=r'use \[0.1\]'): RunBuilder.get_runs(dict(lr=0.1))
+
+@given(st.integers(2, 6).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.tuples(*[st.integers(0, c-1)]*2), min_size=1, max_size=30))))
+@settings(deadline=None, max_examples=30)
+def test_confusion_matrix_is_scikit_learns(case):
+    from sklearn.metrics import confusion_matrix as theirs
+    c,pairs = case
+    preds,targs = map(list, zip(*pairs))
+    wanted = theirs(targs, preds, labels=range(c))
+    for dtype in torch.int64, torch.int32, torch.uint8:
+        assert (confusion_matrix(torch.tensor(preds, dtype=dtype), torch.tensor(targs, dtype=dtype), c).numpy()==wanted).all()
+    scores = F.one_hot(torch.tensor(preds), c).float()
+    assert (confusion_matrix(scores, torch.tensor(targs)).numpy()==wanted).all()
+    assert (confusion_matrix(np.array(preds), np.array(targs), c).numpy()==wanted).all()
+    assert confusion_matrix(preds, targs).sum()==len(pairs)
+
+def test_confusion_matrix_at_the_edges():
+    none = torch.zeros(0, dtype=torch.int64)
+    assert confusion_matrix(none, none, 3).tolist()==[[0]*3]*3
+    assert confusion_matrix(none, none).shape==(0, 0)
+    one = torch.zeros(2, dtype=torch.int64)
+    for preds,targs,n,why in [(torch.zeros(2, 3), one, 4, 'n_classes is 4'), (torch.zeros(2), one, None, 'float32'),
+                              (one, torch.zeros(2, 1).long(), None, r'\(2, 1\)'), (one==0, one, None, 'bool')]:
+        with pytest.raises((ValueError, TypeError), match=why): confusion_matrix(preds, targs, n)
+
+def test_plot_shows_the_shares_of_rows():
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    ax = plot_confusion_matrix(np.array([[1, 3], [0, 2]]), 'ab', normalize=True)
+    assert [(o.get_position(), o.get_text()) for o in ax.texts]==[((0, 0), '0.25'), ((1, 0), '0.75'), ((1, 1), '1.00')]
+    assert [o.get_text() for o in ax.get_yticklabels()]==['a', 'b'] and ax.get_ylabel()=='true'
+    for bad in torch.zeros(0, 0), torch.zeros(3), torch.zeros(2, 3):
+        with pytest.raises(ValueError, match='square'): plot_confusion_matrix(bad)
+    plt.close('all')
+
+def test_all_preds_leave_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+    model.train()
+    model[1].eval()                         # one layer is frozen, and stays so
+    x,y = torch.randn(10, 4),torch.arange(10)%3
+    modes = [m.training for m in model.modules()]
+    preds,targs = get_all_preds(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 3))
+    assert [m.training for m in model.modules()]==modes and not preds.requires_grad
+    assert torch.equal(targs, y)
+    test_near(preds, model.eval()(x), eps=1e-6)
+    model.train()
+    with pytest.raises(RuntimeError): get_all_preds(model, [(torch.randn(2, 5), y[:2])])
+    assert model.training
+    ours = module.Sequential(module.Linear(4, 3))
+    assert get_all_preds(ours, DataLoader(Dataset(x, y), bs=4))[0].shape==(10, 3)
+    assert get_all_preds(nn.Flatten(), [(x, y)])[0].shape==(10, 4)       # without any parameter
+
+@given(st.integers(1, 50), st.integers(2, 10), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_num_correct_is_accuracy_times_n(n, c, seed):
+    g = torch.Generator().manual_seed(seed)
+    preds,targs = torch.randn(n, c, generator=g),torch.randint(c, (n,), generator=g)
+    assert get_num_correct(preds, targs).item()==round(accuracy(preds, targs).item()*n)
+    assert get_num_correct(preds, targs)==confusion_matrix(preds, targs).trace()
+
+def test_network_wants_a_batch():
+    for shape in (1,28,28), (28,28), (100,28,28):
+        with pytest.raises(ValueError, match=r'a batch of images is wanted, \(bs, 1, 28, 28\)'): Network()(torch.zeros(shape))
+    assert Network()(torch.zeros(0,1,28,28)).shape==(0,10)
+
+if __name__=='__main__':
+    torch.set_num_threads(1)
+    folders = {how: Path(sys.argv[1])/how for how in ('plain', 'checkpoints', 'writes')}
+    for o in folders.values(): o.mkdir()
+    print(json.dumps(dict(plain=killed_again_and_again(folders['plain'], False),
+                          checkpoints=killed_again_and_again(folders['checkpoints'], True),
+                          writes=dying_writes(folders['writes']))))
