@@ -186,13 +186,12 @@ def _epoch_seed(self:DataLoader):
 @patch
 def _tensor_batches(self:DataLoader, n, seed):
     "Whole batches of tensors: slices, or picked by number"
-    x,y,starts = self.ds.x,self.ds.y,range(0, n, self.bs)
-    if not self.shuffle: return ((x[i:i+self.bs], y[i:i+self.bs]) for i in starts)
+    x,y = self.ds.x,self.ds.y
+    if not self.shuffle: return ((x[i:i+self.bs], y[i:i+self.bs]) for i in range(0, n, self.bs))
     order = _shuffled(len(self.ds), seed)[:n]
     def picked(t):
-        idxs = order.to(t.device)
-        if t.ndim==1: return t.index_select(0, idxs).split(self.bs)     # one number each: pick all of them at once
-        return (t.index_select(0, idxs[i:i+self.bs]) for i in starts)
+        some = self.bs * max(1, 2**20//max(1, t[:1].nbytes*self.bs))    # whole batches, about a MB of them
+        for idxs in order.to(t.device).split(some): yield from t.index_select(0, idxs).split(self.bs)
     return zip(picked(x), picked(y))
 
 @patch
