@@ -1,6 +1,6 @@
 """Measure the library against its peers, side by side on two cores, and say which goals it reaches.
 
-    python tools/bench.py                     all rows, eight minutes; results go to _bench/
+    python tools/bench.py                     all rows, seven minutes; results go to _bench/
     python tools/bench.py --rows loop optim   only these
     python tools/bench.py --quick             small sizes and few rounds: a look, not a verdict
     python tools/bench.py --save              all rows, and put the table into docs/benchmarks.md
