@@ -33,7 +33,11 @@ def test_dead_kernel_is_an_error(run):
 
 def test_results_and_outputs_are_kept_and_eval_false_is_not_run(run):
     say = "import json, os, time\nwith open(os.environ['COURSE_RESULTS'], 'a') as f: f.write(json.dumps(dict(key='a.b', value=0.5, time=time.time()))+'\\n')"
-    c, = run.run_all([notebook(run.NBS/'01_ok.ipynb', say, '#| eval: false\n1/0', 'print(6*7)')])
+    path = notebook(run.NBS/'01_ok.ipynb', say, '#| eval: false\n1/0', 'print(6*7)')
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].outputs = [nbformat.v4.new_output('stream', text='from before it was switched off')]
+    nbformat.write(nb, path)
+    c, = run.run_all([path])
     assert c.results['a.b']['value']==0.5 and 0 < c.results['a.b']['seconds'] <= c.seconds
     assert c.nb.cells[2].outputs[0].text=='42\n' and c.nb.cells[1].outputs==[]
     assert c.peak>10

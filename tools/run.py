@@ -6,11 +6,10 @@
                                         the README made from nbs/index.ipynb
 
 It needs nbclient and no nbdev, so that it also runs where nbdev's pinned versions do not (`--save` does need it)."""
-import argparse, json, os, re, subprocess, sys, tempfile, threading, time
+import argparse, json, os, re, shutil, subprocess, sys, tempfile, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from shutil import which
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two notebooks with two threads each would fight over two cores
 import nbformat, psutil
@@ -48,8 +47,9 @@ class Chapter:
                 for i,cell in enumerate(self.nb.cells):
                     if self.stop.is_set(): break
                     self.cell = i
-                    if cell.cell_type == 'code' and not re.search(r'^#\|\s*eval:\s*false', cell.source, re.M):
-                        client.execute_cell(cell, i)
+                    if cell.cell_type != 'code': continue
+                    if re.search(r'^#\|\s*eval:\s*false', cell.source, re.M): cell.outputs = []
+                    else: client.execute_cell(cell, i)
         except (CellExecutionError, DeadKernelError, TimeoutError) as e:
             if not self.stop.is_set():
                 self.error = f'{e.ename}: {e.evalue}' if isinstance(e, CellExecutionError) else f'{type(e).__name__}: {e}'
@@ -59,6 +59,7 @@ class Chapter:
         if results.exists():
             rows = [json.loads(o) for o in results.read_text(encoding='utf-8').splitlines()]
             self.results = {o['key']: {'value': o['value'], 'seconds': o['time'] - start} for o in rows}
+        shutil.rmtree(results.parent)
         return self
 
     def _watch(self, km, done):
@@ -162,7 +163,7 @@ def main():
     args = p.parse_args()
     paths = select(args.names)
     if args.save:
-        if not which('dot'): sys.exit("saving needs Graphviz's `dot`, or readers would get diagrams as text: install graphviz")
+        if not shutil.which('dot'): sys.exit("saving needs Graphviz's `dot`, or readers would get diagrams as text: install graphviz")
         nbdev('export')
     start = time.time()
     chapters = run_all(paths)
