@@ -42,6 +42,12 @@ def test_results_and_outputs_are_kept_and_eval_false_is_not_run(run):
     assert c.nb.cells[2].outputs[0].text=='42\n' and c.nb.cells[1].outputs==[]
     assert c.peak>10
 
+def test_longest_chapters_begin_first(run, tmp_path):
+    write = f"with open({str(tmp_path/'order')!r}, 'a') as f: f.write('%s')"
+    paths = [notebook(run.NBS/f'{name}.ipynb', f"'*Two cores: {s} s, 1 MB.*'", write%name[1]) for name,s in [('01',7), ('02',90), ('03',12)]]
+    assert [c.name for c in run.run_all(paths, workers=1)]==['01', '02', '03']
+    assert (tmp_path/'order').read_text()=='231'
+
 def test_chapters_are_chosen_by_the_start_of_their_names(run):
     for name in '01_a', '02_b', 'index': notebook(run.NBS/f'{name}.ipynb', '1')
     assert [p.stem for p in run.select([])]==['01_a', '02_b', 'index']
