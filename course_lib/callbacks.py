@@ -485,6 +485,15 @@ def _checksum(tensors, text):
         crc = zlib.crc32(t.reshape(-1).view(torch.uint8).numpy(), crc)
     return str(crc)
 
+def _replace_file(path, data):
+    "Write `data` to `path`: if the process dies, there is the whole new file or what was there before"
+    part = path.with_name(path.name + '.part')
+    with open(part, 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
 def save_checkpoint(
     state, # tensors, numbers, texts, None, and lists, tuples and dicts of them
     path, # file to write; if the process dies, there is the whole new file or what was there before
@@ -492,13 +501,7 @@ def save_checkpoint(
     "Write `state` as one safetensors file: tensors as such, everything else as JSON in its header"
     tensors,path = {},Path(path)
     text = json.dumps(_pack(state, tensors))
-    data = save(tensors, {'format': _FORMAT, 'state': text, 'checksum': _checksum(tensors, text)})
-    part = path.with_name(path.name + '.part')
-    with open(part, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    _replace_file(path, save(tensors, {'format': _FORMAT, 'state': text, 'checksum': _checksum(tensors, text)}))
 
 # %% ../nbs/11_callbacks.ipynb #e452f645
 def _header(data):

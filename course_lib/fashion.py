@@ -6,7 +6,7 @@
 __all__ = ['Network', 'get_num_correct', 'get_all_preds', 'confusion_matrix', 'plot_confusion_matrix', 'RunBuilder', 'RunManager']
 
 # %% ../nbs/15_fashion.ipynb #b9e018d7
-import csv, io, json, keyword, math, os, time
+import csv, io, json, keyword, math, time
 from collections import namedtuple
 from collections.abc import Iterable, Mapping
 from itertools import product
@@ -16,6 +16,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .callbacks import _replace_file
 from .learner import Callback, _mode_kept, _set_mode
 from .losses import _check_classes
 
@@ -158,15 +159,6 @@ class RunBuilder:
         return [*map(namedtuple('Run', lists)._make, product(*lists.values()))]
 
 # %% ../nbs/15_fashion.ipynb #a34b7190
-def _replace_file(path, text):
-    "Write `text` to `path` so that, if the process dies, there is the whole new file or what was there before"
-    part = path.with_name(path.name + '.part')
-    with open(part, 'w', encoding='utf-8', newline='') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
 _COLUMNS = 'run', 'epoch', 'seconds'
 
 def _as_params(run):
@@ -207,6 +199,7 @@ def _load_runs(path):
                          "or take another name") from e
     return runs
 
+# %% ../nbs/15_fashion.ipynb #87e496c5
 @patch
 def _find(self:RunManager, params):
     "The record of the run with these hyper-parameters, or None"
@@ -215,6 +208,7 @@ def _find(self:RunManager, params):
                          f"one is over {', '.join(params)}; take another file")
     return next((r for r in self.runs if r['params']==params), None)
 
+# %% ../nbs/15_fashion.ipynb #34ac90ff
 @patch
 def is_finished(self:RunManager,
     run, # named tuple or dict of hyper-parameters
@@ -247,12 +241,24 @@ def begin_run(self:RunManager,
                                             "todo() does, or add a hyper-parameter such as seed to do it again")
     self._now,self._n_done,self._began = record,0,None
 
+# %% ../nbs/15_fashion.ipynb #43dbc9d3
 @patch
 def _current(self:RunManager):
     "The record of the run that has begun"
     if self._now is None: raise RuntimeError("RunManager: no run has begun; call begin_run, or loop over todo(runs)")
     return self._now
 
+@patch
+def end_run(self:RunManager):
+    "End the run: it will not be done again"
+    record = self._current()
+    if self._began is not None or not self._n_done:
+        when = "without an epoch" if self._began is None else "in the middle of one"
+        raise RuntimeError(f"RunManager: the run {record['params']} would end {when}; call end_epoch first")
+    record['epochs'],record['finished'],self._now = record['epochs'][:self._n_done],True,None
+    self._save()
+
+# %% ../nbs/15_fashion.ipynb #e1986749
 @patch
 def begin_epoch(self:RunManager):
     "Begin an epoch: its time runs from now"
@@ -262,6 +268,7 @@ def begin_epoch(self:RunManager):
                            "an epoch with the validation pass, so fit needs one.)")
     self._began = time.perf_counter()
 
+# %% ../nbs/15_fashion.ipynb #0e2b05fb
 @patch
 def end_epoch(self:RunManager,
     **results, # name=number, such as train_loss=0.3, valid_accuracy=0.9
@@ -278,16 +285,6 @@ def end_epoch(self:RunManager,
     self._n_done += 1
     self._save()
 
-@patch
-def end_run(self:RunManager):
-    "End the run: it will not be done again"
-    record = self._current()
-    if self._began is not None or not self._n_done:
-        when = "without an epoch" if self._began is None else "in the middle of one"
-        raise RuntimeError(f"RunManager: the run {record['params']} would end {when}; call end_epoch first")
-    record['epochs'],record['finished'],self._now = record['epochs'][:self._n_done],True,None
-    self._save()
-
 # %% ../nbs/15_fashion.ipynb #6fa99e9c
 @patch
 def rows(self:RunManager)->list: # of dicts: run (from 1), hyper-parameters, epoch (from 1), results, seconds
@@ -299,14 +296,15 @@ def rows(self:RunManager)->list: # of dicts: run (from 1), hyper-parameters, epo
 def _save(self:RunManager):
     "Write both files anew; each of them is the whole new one or the whole old one at any time"
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(self.path, json.dumps(self.runs, indent=1, allow_nan=False) + '\n')
+    _replace_file(self.path, (json.dumps(self.runs, indent=1, allow_nan=False) + '\n').encode())
     rows,text = self.rows(),io.StringIO()
     names = [*dict.fromkeys(k for row in rows for k in row)]
     table = csv.DictWriter(text, names, lineterminator='\n')
     table.writeheader()
     table.writerows(rows)
-    _replace_file(self.path.with_suffix('.csv'), text.getvalue())
+    _replace_file(self.path.with_suffix('.csv'), text.getvalue().encode())
 
+# %% ../nbs/15_fashion.ipynb #58337843
 @patch
 def table(self:RunManager): # pandas DataFrame
     "The rows as a table"
@@ -316,6 +314,7 @@ def table(self:RunManager): # pandas DataFrame
                           "Without it, rows() gives a list, and the .csv file is there too") from e
     return pd.DataFrame(self.rows())
 
+# %% ../nbs/15_fashion.ipynb #6c7e37e1
 @patch
 def plot(self:RunManager,
     name:str='valid_accuracy', # column to compare the runs by

@@ -99,7 +99,7 @@ class Muon(Optimizer):
 # %% ../nbs/18_speedrun.ipynb #b393767e
 def bfloat16_is_fast()->bool:
     "Does this processor have instructions for bfloat16?"
-    has = torch.cpu.get_capabilities()
+    has = getattr(torch.cpu, 'get_capabilities', dict)()      # older versions of PyTorch cannot tell
     return any(has.get(name, False) for name in ('avx512_bf16', 'amx_bf16', 'bf16'))
 
 # %% ../nbs/18_speedrun.ipynb #5bfc580f

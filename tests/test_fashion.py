@@ -75,7 +75,7 @@ def dying_writes(folder):
                 calls.append(b)
                 if len(calls)==3+n: os.kill(os.getpid(), signal.SIGKILL)
                 replace(a, b)
-            fashion.os.replace = dying
+            os.replace = dying
             experiment(folder, False)
             os._exit(0)
         status = os.waitpid(pid, 0)[1]
@@ -144,7 +144,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     manager.end_epoch(loss=1.)
     before = (tmp_path/'a.json').read_bytes(), (tmp_path/'a.csv').read_bytes()
     def full(_): raise OSError('no space left on device')
-    monkeypatch.setattr(fashion.os, 'fsync', full)
+    monkeypatch.setattr(os, 'fsync', full)
     manager.begin_epoch()
     with pytest.raises(OSError): manager.end_epoch(loss=0.5)
     assert ((tmp_path/'a.json').read_bytes(), (tmp_path/'a.csv').read_bytes())==before

@@ -1,10 +1,7 @@
 "The helper of chapter 16 that imports torchvision: where that is whole, half there, broken, and not there at all"
 import subprocess, sys
-from pathlib import Path
 
-import nbformat, pytest
-
-NB = Path(__file__).resolve().parent.parent/'nbs'/'16_fastai.ipynb'
+import pytest
 
 # What stands in torchvision/__init__.py
 WHOLE = '''
@@ -23,6 +20,8 @@ def qnms(dets, scores, iou_threshold): ...
 BROKEN = "from . import part; raise RuntimeError('some other trouble')"
 
 SCRIPT = '''
+import sys, torch
+from course_lib.fastai import import_torchvision
 for folder in sys.argv[1:]:
     for name in [o for o in sys.modules if o.split('.')[0]=='torchvision']: del sys.modules[name]
     sys.path[0] = folder
@@ -36,16 +35,13 @@ for folder in sys.argv[1:]:
 @pytest.fixture
 def run(tmp_path):
     "A function that says what the helper does, in one process, with one torchvision after the other"
-    cells = nbformat.read(NB, as_version=4).cells
-    helper, = [c.source for c in cells if c.cell_type=='code' and c.source.startswith('def import_torchvision')]
     def run(*inits):
         folders = [tmp_path/str(i) for i in range(len(inits))]
         for folder,init in zip(folders, inits):
             (folder/'torchvision').mkdir(parents=True)
             (folder/'torchvision'/'__init__.py').write_text(init)
             (folder/'torchvision'/'part.py').write_text("print('part is run')")
-        code = '\n'.join(['import sys, torch', helper, SCRIPT])
-        done = subprocess.run([sys.executable, '-c', code, *folders], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-c', SCRIPT, *folders], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode==0, done.stderr
         return done.stdout.splitlines()
     return run

@@ -95,15 +95,6 @@ def epoch(dl):
     "One pass over a loader"
     for batch in dl: pass
 
-def load_torchvision():
-    "Import it for the peers; beside a CPU-only torch its operators may be missing, so the two it asks for are declared"
-    import torch
-    try: import torchvision
-    except RuntimeError:
-        load_torchvision.names = torch.library.Library('torchvision', 'DEF')     # they last as long as this
-        for name in 'nms','qnms': load_torchvision.names.define(f'{name}(Tensor a, Tensor b, float x) -> Tensor')
-        import torchvision
-
 # ---- the rows
 
 LR = 0.1
@@ -165,7 +156,8 @@ def fastai_fit(x, y):
 def lightning_fit(x, y, bare=False):
     "Lightning's Trainer on PyTorch's DataLoader; with its default callbacks (bar, summary, checkpoints), or bare"
     import contextlib, io, logging, torch
-    load_torchvision()      # for torchmetrics
+    from course_lib.fastai import import_torchvision
+    import_torchvision()    # for torchmetrics
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader, TensorDataset
     logging.getLogger('pytorch_lightning').setLevel(logging.ERROR)
@@ -310,7 +302,8 @@ def fastai_images(files):
     import torch
     from fastai.data.all import CategoryBlock, DataBlock, IndexSplitter, parent_label
     from fastai.vision.data import ImageBlock
-    load_torchvision()
+    from course_lib.fastai import import_torchvision
+    import_torchvision()
     from fastai.vision.augment import Resize
     block = DataBlock((ImageBlock, CategoryBlock), splitter=IndexSplitter([]), get_y=parent_label,
                       item_tfms=Resize(64, method='squish'))
