@@ -7,7 +7,7 @@ __all__ = ['set_seed', 'show_image', 'show_images', 'plot_function', 'gv', 'prin
            'ladder']
 
 # %% ../nbs/00_core.ipynb #eb0171e5
-import inspect, json, os, platform, random, re, time, tomllib
+import inspect, json, os, random, re, time, tomllib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -203,11 +203,6 @@ def _row(ledger, key):
     keys = [f'{c}.{k}' for c,rows in ledger.items() if isinstance(rows, dict) for k in rows]
     raise KeyError(f"expect: ledger.toml has no row [{key}]; the nearest are {get_close_matches(key, keys)}")
 
-def _at_reference(reference)->bool:
-    "Is this the kind of machine, and the torch, that the ledger was measured with?"
-    machine,version = f'{platform.system()}-{platform.machine()}', torch.__version__.split('+')[0]
-    return machine==reference['platform'] and version==reference['torch']
-
 # %% ../nbs/00_core.ipynb #0bc78b20
 def _text(value, digits):
     "A number, text or list of them as it is printed"
@@ -233,7 +228,7 @@ def expect(
     row = _row(ledger, key)
     if isinstance(value, (Tensor, np.ndarray, np.generic)): value = value.tolist()
     digits = row.get('digits', 4)
-    tol = row.get('tol', 0 if _at_reference(ledger['reference']) else row.get('elsewhere', 0))
+    tol = row.get('tol', row.get('rounding', 0))
     yours,wanted = _text(value, digits), _text(row['expected'], digits) + (f' ± {tol:g}' if tol else '')
     source = row['source'] + (f", over {row['seeds']} seeds" if 'seeds' in row else '')
     sep = '\n  ' if isinstance(value, list) else ' · '

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'Buffer', 'Module', 'kaiming_normal_', 'xavier_normal_', 'Linear', 'ReLU', 'Flatten', 'Sequential',
-           'HookHandle', 'im2col', 'conv2d_unfold', 'BatchNorm', 'ConvLayer', 'AdaptivePool']
+           'HookHandle']
 
 # %% ../nbs/08_module.ipynb #5f037f77
 import math
@@ -344,102 +344,3 @@ def register_forward_hook(self:Module,
 
 @patch
 def __getstate__(self:Module): return {k:v for k,v in vars(self).items() if k!='_hooks'}
-
-# %% ../nbs/08_module.ipynb #806ac936
-def im2col(
-    x:Tensor, # (bs, ni, h, w) images
-    ks:tuple, # (kh, kw) size of the window in pixels
-    stride:int=1, # how far the window moves, in pixels
-    padding:int=0, # width of the frame of zeros, in pixels
-)->Tensor: # (bs, oh*ow, ni*kh*kw)
-    "Each window of each image as a row; there are oh = (h + 2·padding - kh)//stride + 1 of them downwards, ow likewise"
-    if x.ndim!=4:
-        raise ValueError(f"im2col: x is {tuple(x.shape)}, but (bs, channels, height, width) is needed; x[:,None] adds "
-                         "an axis")
-    x = F.pad(x, [padding]*4)
-    if x.shape[2]<ks[0] or x.shape[3]<ks[1]:
-        raise ValueError(f"im2col: a {tuple(ks)} window does not fit into {tuple(x.shape[2:])} pixels, padding counted")
-    windows = x.unfold(2, ks[0], stride).unfold(3, ks[1], stride)   # (bs, ni, oh, ow, kh, kw), a view: no copy yet
-    return windows.permute(0,2,3,1,4,5).flatten(3).flatten(1,2)     # now the numbers are copied
-
-# %% ../nbs/08_module.ipynb #44a95d24
-def conv2d_unfold(
-    x:Tensor, # (bs, ni, h, w) images
-    weight:Tensor, # (nf, ni, kh, kw) kernels
-    bias:Tensor=None, # (nf,) added to each output
-    stride:int=1, # how far the window moves, in pixels
-    padding:int=0, # width of the frame of zeros, in pixels
-)->Tensor: # (bs, nf, oh, ow)
-    "Convolution as unfold and matrix multiplication, equal to `F.conv2d`"
-    if x.ndim==4 and x.shape[1]!=weight.shape[1]:
-        raise ValueError(f"conv2d_unfold: x {tuple(x.shape)} has {x.shape[1]} channels, but the weight "
-                         f"{tuple(weight.shape)} is for {weight.shape[1]}")
-    out = im2col(x, weight.shape[2:], stride, padding) @ weight.flatten(1).T      # (bs, oh*ow, nf)
-    if bias is not None: out = out + bias
-    oh = (x.shape[2] + 2*padding - weight.shape[2])//stride + 1
-    return out.transpose(1,2).unflatten(2, (oh,-1))
-
-# %% ../nbs/08_module.ipynb #65a00570
-class BatchNorm(Module):
-    """Mean 0 and variance 1 in each channel, then scaled and shifted
-    ([Ioffe & Szegedy 2015](https://arxiv.org/abs/1502.03167))"""
-    def __init__(self,
-        nf:int, # channels
-        eps:float=1e-5, # added to the variance
-        mom:float=0.1, # how far a batch moves the running averages
-    ):
-        self.weight,self.bias = Parameter(torch.ones(nf)),Parameter(torch.zeros(nf))
-        self.running_mean,self.running_var = Buffer(torch.zeros(nf)),Buffer(torch.ones(nf))
-        self.num_batches_tracked = Buffer(torch.tensor(0))
-        self.eps,self.mom = eps,mom
-
-    def forward(self,
-        x:Tensor, # (bs, nf), (bs, nf, length) or (bs, nf, h, w)
-    )->Tensor: # same shape
-        "Normalize by the batch's own statistics in training mode, by the running ones in use"
-        if self.training: self.num_batches_tracked.add_(1)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            self.training, self.mom, self.eps)
-
-    def extra_repr(self):
-        "Number of channels"
-        return str(len(self.weight))
-
-# %% ../nbs/08_module.ipynb #b9cd6964
-class ConvLayer(Module):
-    "A convolution, then (where asked for) batch normalization and ReLU"
-    def __init__(self,
-        ni:int, # channels in
-        nf:int, # channels out
-        ks:int=3, # height and width of the window, in pixels
-        stride:int=1, # how far the window moves; 2 halves height and width
-        bias:bool=None, # add a bias to each channel? By default, if there is no normalization
-        act:bool=True, # end with a ReLU?
-        norm:bool=False, # normalize each channel over the batch?
-    ):
-        if bias is None: bias = not norm
-        self.weight = Parameter(kaiming_normal_(torch.empty(nf, ni, ks, ks)))
-        self.bias = Parameter(torch.zeros(nf)) if bias else None
-        self.norm = BatchNorm(nf) if norm else None
-        self.stride,self.padding,self.act = stride,ks//2,act
-
-    def forward(self,
-        x:Tensor, # (bs, ni, h, w)
-    )->Tensor: # (bs, nf, h/stride, w/stride), rounded up where the window is odd
-        "Convolve, then normalize and cut off at 0 if asked for"
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        if self.norm is not None: x = self.norm(x)
-        return F.relu(x) if self.act else x
-
-    def extra_repr(self):
-        "Channels in and out, window and stride"
-        nf,ni,ks,_ = self.weight.shape
-        return f'{ni}, {nf}, ks={ks}, stride={self.stride}' + ('' if self.act else ', act=False')
-
-class AdaptivePool(Module):
-    "The mean of each channel, whatever its height and width"
-    def forward(self,
-        x:Tensor, # (bs, nf, h, w)
-    )->Tensor: # (bs, nf)
-        "One number for each channel"
-        return x.mean((2,3))

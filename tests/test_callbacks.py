@@ -5,7 +5,8 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from course_lib.callbacks import GradClip, ProgressCB, SetupLearnerCB, TrackResults, _pack, _unpack
+from course_lib.callbacks import GradClip, ProgressCB, SetupLearnerCB, TrackResults
+from course_lib.checkpoint import _pack, _unpack
 from course_lib.core import set_seed
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
 from course_lib.learner import Learner

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 
-from course_lib import callbacks, module
-from course_lib.callbacks import (ActivationStats, CheckpointCB, EarlyStopping, GradClip, MetricsCB, MixedPrecisionCB,
-                                  SetupLearnerCB, TrackResults, load_checkpoint, save_checkpoint)
+from course_lib import checkpoint, conv, module
+from course_lib.activations import ActivationStats
+from course_lib.checkpoint import CheckpointCB, load_checkpoint, save_checkpoint
+from course_lib.callbacks import EarlyStopping, GradClip, MetricsCB, SetupLearnerCB, TrackResults
+from course_lib.speedrun import MixedPrecisionCB
 from course_lib.core import set_seed
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
 from course_lib.learner import Callback, Learner
@@ -25,7 +27,7 @@ class Jittered:
 class OurModel(module.Module):
     "Of this library's modules, with dropout"
     def __init__(self):
-        self.body = module.Sequential(module.Linear(10, 20), module.BatchNorm(20), module.ReLU())
+        self.body = module.Sequential(module.Linear(10, 20), conv.BatchNorm(20), module.ReLU())
         self.head = module.Linear(20, 3)
     def forward(self, x): return self.head(F.dropout(self.body(x), 0.3, self.training))
 
@@ -61,7 +63,7 @@ class Kill(Callback):
             def dying(a, b):
                 kill()
                 replace(a, b)
-            callbacks.os.replace = dying
+            checkpoint.os.replace = dying
         elif event=='valid':
             def in_valid():
                 if not self.training: kill()
@@ -72,7 +74,7 @@ def whole_state(learn):
     "All that must be the same"
     draws = [random.random(), random.gauss(0, 1), np.random.randn(), torch.randn(3)]
     return dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), history=learn.history, draws=draws,
-                memory={name: cb.state_dict() for name,cb in callbacks._with_memory(learn.cbs).items()},
+                memory={name: cb.state_dict() for name,cb in checkpoint._with_memory(learn.cbs).items()},
                 step_count=learn.step_count, epochs=[getattr(dl, 'epoch', 0) for dl in (learn.dls.train, learn.dls.valid)])
 
 def run(kind, folder, seed, event, step):
@@ -216,7 +218,7 @@ def test_truncated(n, tmp_path, one_thread):
     learn = make_learner('torch', [CheckpointCB(tmp_path, resume=True)])
     before = {k: v.clone() for k,v in learn.model.state_dict().items()}
     was = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with pytest.raises(callbacks.CheckpointError, match='cut off'): learn.fit(1)
+    with pytest.raises(checkpoint.CheckpointError, match='cut off'): learn.fit(1)
     assert was == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     same(dict(learn.model.state_dict()), before)
     assert learn.history==[] and learn.step_count==0 and not learn.opt.state

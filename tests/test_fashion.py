@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from course_lib import fashion, module
-from course_lib.callbacks import CheckpointCB, TrackResults
+from course_lib.checkpoint import CheckpointCB
+from course_lib.callbacks import TrackResults
 from course_lib.core import set_seed, test_near
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
 from course_lib.fashion import (Network, RunBuilder, RunManager, confusion_matrix, get_all_preds, get_num_correct,

@@ -1,4 +1,4 @@
-"The helper of chapter 16 that imports torchvision: where that is whole, half there, broken, and not there at all"
+"The helper of chapter 19 that imports torchvision: where that is whole, half there, broken, and not there at all"
 import subprocess, sys
 
 import pytest

@@ -5,8 +5,8 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from course_lib.core import test_near
-from course_lib.module import (AdaptivePool, BatchNorm, Buffer, ConvLayer, Linear, Module, Parameter, ReLU, Sequential,
-                               conv2d_unfold, im2col)
+from course_lib.conv import AdaptivePool, BatchNorm, ConvLayer, conv2d_unfold, im2col
+from course_lib.module import Buffer, Linear, Module, Parameter, ReLU, Sequential
 
 @st.composite
 def convolutions(draw):

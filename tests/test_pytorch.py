@@ -1,4 +1,4 @@
-"What 14_pytorch cannot show in a cell: its links, odd batches, processes, and whatever else fit may be given"
+"What 17_pytorch cannot show in a cell: its links, odd batches, processes, and whatever else fit may be given"
 import importlib.util, re
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from course_lib.optim import SGD
 from course_lib.pytorch import DataBunch, fit, get_dls, get_model
 
 steady = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-NB = 'nbs/14_pytorch.ipynb'
+NB = 'nbs/17_pytorch.ipynb'
 
 def points(n, seed=0, c=3):
     "n items of 6 numbers, in c classes that a net can tell apart"

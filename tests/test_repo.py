@@ -1,5 +1,5 @@
 "Notebooks, library, README, ledger and workflows are in step, and the chapters have the form readers rely on"
-import ast, json, os, re, shutil, subprocess, sys, tomllib
+import ast, importlib, json, os, re, shutil, subprocess, sys, tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_ledger_rows_are_whole_and_used():
     ledger = tomllib.loads((ROOT/'nbs'/'ledger.toml').read_text(encoding='utf-8'))
     rows = {f'{c}.{k}': row for c,v in ledger.items() if c[:2].isdigit() for k,row in v.items()}
     for key,row in rows.items():
-        assert {'expected','source'} <= set(row) <= {'expected','source','digits','tol','elsewhere','seeds'}, key
+        assert {'expected','source'} <= set(row) <= {'expected','source','digits','tol','rounding','seeds'}, key
         assert ('tol' in row)==('seeds' in row), f'{key}: a tolerance needs the seeds it was measured over, and the other way round'
         assert row.get('seeds', 5)>=5, key
     used = {k for p in NBS for k in re.findall(r"expect\('(\d\d_\w+\.\w+)'", '\n'.join(c.source for c in read(p).cells if c.cell_type=='code'))}
@@ -83,6 +83,50 @@ def test_modules_import_only_earlier_ones_and_document_all_they_export(module):
     defs = public(tree.body)
     for d in defs + [f for c in defs if isinstance(c, ast.ClassDef) for f in public(c.body)]:
         assert ast.get_docstring(d), f'{module}.{d.name} has no docstring'
+
+# References between chapters: [chapter 05](05_optim.ipynb) in prose, "chapter 05" in code; `name` beside one must be there
+STEM = {p.stem[:2]: p.stem for p in CHAPTERS}
+LINK = re.compile(r'\[([^\]]*)\]\((?:nbs/)?(\d\d_\w+)\.ipynb[^)]*\)')
+SAID = re.compile(r'`(?P<a>\w+)` (?:of|from|in) \[[Cc]hapter \d\d\]\((?P<b>\w+)\.ipynb\)'          # `name` of chapter 05
+                  r'|`(?P<c>\w+)`,? \(\[[Cc]hapter \d\d\]\((?P<d>\w+)\.ipynb\)'                     # `name` (chapter 05
+                  r"|\[[Cc]hapter \d\d\]\((?P<e>\w+)\.ipynb\)'s `(?P<f>\w+)`")                       # chapter 05's `name`
+HOME = {name: module for module in MODULES for name in importlib.import_module(f'course_lib.{module}').__all__}
+
+def wrong_references(text, code=False):
+    "What is wrong with the references of `text` to chapters, as sentences"
+    wrong = []
+    for shown,stem in LINK.findall(text):
+        if stem not in STEM.values(): wrong.append(f'{stem}.ipynb is no chapter')
+        wrong += [f'[{shown}] leads to {stem}' for n in re.findall(r'^(?:[Cc]hapter )?(\d\d)\b', shown) if n!=stem[:2]]
+        if (name := shown.strip('`')) in HOME and shown[0]=='`' and HOME[name]!=stem[3:]: wrong.append(f'`{name}` is in {HOME[name]}, not in {stem}')
+    for m in SAID.finditer(text):
+        name,stem = next((m[o],m[p]) for o,p in ('ab', 'cd', 'fe') if m[o])
+        if name in HOME and HOME[name]!=stem[3:]: wrong.append(f'`{name}` is in {HOME[name]}, not in {stem}')
+    bare = re.sub(r'```.*?```', '', LINK.sub('', text), flags=re.S)
+    for m in re.finditer(r'\b[Cc]hapters?\s(\d\d)\b', bare):
+        if m[1] not in STEM: wrong.append(f'there is no {m[0]}')
+        elif not code: wrong.append(f'{m[0]} should be a link, [{m[0]}]({STEM[m[1]]}.ipynb)')
+    return wrong + [f'{o} is no chapter' for o in re.findall(r'(?<![\w/.-])\d\d_[a-z]+(?=\.ipynb|\.[a-z]\w*\b)', bare) if o not in STEM.values()]
+
+@pytest.mark.parametrize('path', NBS, ids=lambda p: p.stem)
+def test_references_to_chapters_are_right(path):
+    found = [(i+1, w) for i,c in enumerate(read(path).cells) for w in wrong_references(c.source, c.cell_type=='code')]
+    assert not found
+
+def test_references_outside_the_notebooks_are_right():
+    tracked = subprocess.run(['git', 'ls-files', '*.md', '*.py', '*.toml', 'Makefile'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = [o for o in tracked if not o.startswith('course_lib/') and o not in ('tests/test_repo.py', 'tests/test_tools.py') and (ROOT/o).exists()]
+    found = {o: w for o in files if (w := wrong_references((ROOT/o).read_text(encoding='utf-8'), code=True))}
+    assert files and not found
+
+@pytest.mark.parametrize('text,says', [
+    ('see [chapter 05](04_linear.ipynb)', 'leads to'), ('see chapter 05', 'should be a link'), ('see [chapter 77](77_none.ipynb)', 'no chapter'),
+    ('the `SGD` of [chapter 04](04_linear.ipynb)', 'in optim'), ('`SGD` ([chapter 04](04_linear.ipynb))', 'in optim'),
+    ("[chapter 04](04_linear.ipynb)'s `SGD`", 'in optim'), ('[`SGD`](04_linear.ipynb)', 'in optim')])
+def test_a_wrong_reference_is_found(text, says): assert any(says in w for w in wrong_references(text))
+
+def test_a_right_reference_is_not_found():
+    assert not wrong_references("the `SGD` of [chapter 05](05_optim.ipynb), [`SGD`](05_optim.ipynb), and chapter 4 of the book")
 
 @by_name
 def test_chapter_has_its_form(path):

@@ -1,4 +1,4 @@
-"What 12_schedule cannot show in a cell: schedules over all lengths, and a sweep that leaves no trace in other set-ups"
+"What 14_schedule cannot show in a cell: schedules over all lengths, and a sweep that leaves no trace in other set-ups"
 import math, random
 
 import numpy as np, pytest, torch
@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from course_lib import optim
-from course_lib.callbacks import CheckpointCB
+from course_lib.checkpoint import CheckpointCB
 from course_lib.core import set_seed, test_near
 from course_lib.dataloader import DataLoaders, Dataset
 from course_lib.learner import Callback, CancelBatchException, CancelFitException, Learner, get_hyper

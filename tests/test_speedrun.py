@@ -4,7 +4,7 @@ import re
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from course_lib.callbacks import MixedPrecisionCB
+from course_lib.speedrun import MixedPrecisionCB
 from course_lib.core import set_seed
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
 from course_lib.learner import Callback, Learner
