@@ -9,6 +9,7 @@ PY := $(BIN)/python
 
 # Notebooks run two at a time, so each gets one thread: two threads each would fight over two cores.
 export OMP_NUM_THREADS = 1
+export MKL_NUM_THREADS = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .DEFAULT_GOAL := help
@@ -23,7 +24,7 @@ help:
 	@echo "make clean  remove .venv and everything the other targets made"
 
 env:
-	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "There is no '$(PYTHON)' here. Install Python 3.11 or newer, or name one: make run PYTHON=/path/to/python3"; exit 1; }
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "There is no '$(PYTHON)' here. Install Python 3.11.4 or newer, or name one: make run PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) tools/env.py
 
 run: env

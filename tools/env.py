@@ -3,9 +3,9 @@
 With `--newest` it takes the newest versions that settings.ini allows, and leaves out nbdev: the pins are for its sake.
 
 Written for any Python, however old, so that a too-old one gets a clear line and not a syntax error."""
-import hashlib, os, shutil, subprocess, sys
+import hashlib, os, re, shutil, subprocess, sys, sysconfig
 
-OLDEST = (3, 11)
+OLDEST = (3, 11, 4)     # as in settings.ini
 NEEDED_GB = 3
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, '.venv')
@@ -22,24 +22,49 @@ def fingerprint(newest):
         with open(os.path.join(ROOT, name), 'rb') as f: h.update(f.read())
     return h.hexdigest()
 
+def surroundings():
+    "The environment for pip, without what would make it install into, or find packages in, another place than .venv"
+    elsewhere = 'PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_DRY_RUN PYTHONPATH PYTHONHOME'.split()
+    return dict({k: v for k,v in os.environ.items() if k not in elsewhere}, PIP_USER='0')
+
 def run(*cmd):
     "Run `cmd` with its output in the log; returns its exit status and what it printed"
     with open(LOG, 'ab') as f:
         start = f.tell()
-        rc = subprocess.call(cmd, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT)
+        rc = subprocess.call(cmd, stdout=f, stderr=subprocess.STDOUT, cwd=ROOT, env=surroundings())
     with open(LOG, 'rb') as f:
         f.seek(start)
         return rc, f.read().decode('utf-8', 'replace')
 
+NO_NETWORK = ('NewConnectionError', 'ConnectTimeout', 'ReadTimeout', 'Read timed out', 'NameResolutionError', 'Max retries',
+              'Temporary failure in name resolution', 'ProxyError', 'ConnectionResetError')
+UNBUILT = (r'pyproject.toml based projects \(([^)]+)\)', r'Failed building wheel for ([\w.-]+)', r"Failed to build '([\w.-]+)'",
+           r'(metadata-generation-failed)')
+ANOTHER = 'Another Python may do: make run PYTHON=/path/to/python3'
+
 def why(out):
-    "One line that says why an installation failed, and what to do"
+    "One line that says why an installation failed, and what to do; the surest signs are looked for first"
+    here = 'Python {0}.{1} on {2}'.format(sys.version_info[0], sys.version_info[1], sysconfig.get_platform())
+    missing = re.search(r'(?:No matching distribution found for|user requested \(constraint\)) ([^\s;]+)', out)
+    unbuilt = [m.group(1) for m in (re.search(o, out) for o in UNBUILT) if m]
+    offline = any(o in out for o in NO_NETWORK)
     if 'No space left' in out or 'Errno 28' in out:
         return 'the disk is full. The course needs about {0} GB; free some and try again.'.format(NEEDED_GB)
     if 'ensurepip' in out:
         return 'this Python cannot make virtual environments. On Debian or Ubuntu: apt install python3-venv'
-    if any(s in out for s in ('NewConnectionError', 'ConnectTimeout', 'NameResolutionError', 'Max retries',
-                              'Temporary failure in name resolution', 'ProxyError', 'No matching distribution')):
+    if unbuilt:
+        name = 'a package' if unbuilt[0].startswith('metadata') else unbuilt[0]
+        return '{0} comes without a wheel for {1}, and building it here failed. {2}'.format(name, here, ANOTHER)
+    if 'CERTIFICATE_VERIFY_FAILED' in out or 'confirming the ssl certificate' in out:
+        return 'the certificate of the package index is not trusted here. If a proxy put in its own, name it in PIP_CERT.'
+    if offline and not re.search(r'\(from versions: (?!none)', out):
         return 'cannot reach the Python package index. The first run needs a network; check it and try again.'
+    if missing:
+        return 'the package index has no {0} that fits settings.ini and {1}. {2}'.format(missing.group(1), here, ANOTHER)
+    if 'ResolutionImpossible' in out:
+        return 'the versions in settings.ini and constraints.txt contradict each other.'
+    if 'Permission denied' in out or 'Errno 13' in out:
+        return 'permission is missing to write here.'
     return 'installing the packages failed.'
 
 def install(newest):
@@ -65,8 +90,8 @@ def install(newest):
 
 def main():
     if sys.version_info < OLDEST:
-        stop('Python {0}.{1} or newer is needed, and {2} is {3}.{4}. Name another: make run PYTHON=/path/to/python3'.format(
-            OLDEST[0], OLDEST[1], sys.executable, *sys.version_info[:2]))
+        stop('Python {0} or newer is needed, and {1} is {2}. Name another: make run PYTHON=/path/to/python3'.format(
+            '.'.join(map(str, OLDEST)), sys.executable, '.'.join(map(str, sys.version_info[:3]))))
     newest = '--newest' in sys.argv[1:]
     if os.path.exists(STAMP) and os.path.exists(PY):
         with open(STAMP) as f:
