@@ -629,4 +629,6 @@ def main():
     print(f'\n{len(results)} results in {time.time()-start:.0f} s; table, figures and chart are in {OUT.name}/')
     if short: print('fall short:\n  ' + '\n  '.join(short))
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')    # what a terminal or file cannot take, such as × where it is ASCII, becomes a question mark
+    main()

@@ -6,12 +6,11 @@
                                         the README made from nbs/index.ipynb
 
 It needs nbclient and no nbdev, so that it also runs where nbdev's pinned versions do not (`--save` does need it)."""
-import argparse, json, os, re, shutil, subprocess, sys, tempfile, threading, time
+import argparse, json, os, re, shutil, subprocess, sys, tempfile, threading, time, tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # two notebooks with two threads each would fight over two cores
 import nbformat, psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -20,6 +19,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 NBS, OUT = ROOT/'nbs', ROOT/'_run'
 CELL_TIMEOUT = 600  # seconds
+ONE_THREAD = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}   # two notebooks with two threads each would fight over two cores
 
 def memory(p):
     "Bytes that process `p` takes; on Linux, memory that several processes share is divided among them"
@@ -42,7 +42,7 @@ class Chapter:
         done = threading.Event()
         start = time.time()
         try:
-            with client.setup_kernel(env={**os.environ, 'COURSE_RESULTS': str(results)}):
+            with client.setup_kernel(env={**os.environ, **ONE_THREAD, 'COURSE_RESULTS': str(results)}):
                 threading.Thread(target=self._watch, args=(client.km, done), daemon=True).start()
                 for i,cell in enumerate(self.nb.cells):
                     if self.stop.is_set(): break
@@ -58,7 +58,7 @@ class Chapter:
         self.seconds = time.time() - start
         if results.exists():
             rows = [json.loads(o) for o in results.read_text(encoding='utf-8').splitlines()]
-            self.results = {o['key']: {'value': o['value'], 'seconds': o['time'] - start} for o in rows}
+            self.results = {o['key']: {**o, 'seconds': o['time'] - start} for o in rows}
         shutil.rmtree(results.parent)
         return self
 
@@ -81,11 +81,12 @@ class Chapter:
 
 def select(names):
     "Paths of the notebooks whose names start with one of `names`; all where it is empty"
-    all_nbs = sorted(o for o in NBS.glob('*.ipynb'))
+    all_nbs = sorted(NBS.glob('*.ipynb'))
     if not names: return all_nbs
-    paths = [p for p in all_nbs if any(p.name.startswith(n.removesuffix('.ipynb').split('/')[-1]) for n in names)]
-    if not paths: sys.exit(f"no notebook's name starts with {' or '.join(names)}; there are: {', '.join(p.stem for p in all_nbs)}")
-    return paths
+    found = {n: [p for p in all_nbs if p.name.startswith(Path(n).name.removesuffix('.ipynb') or ' ')] for n in names}
+    unknown = [n for n,paths in found.items() if not paths]
+    if unknown: sys.exit(f"no notebook's name starts with {' or '.join(map(repr, unknown))}; there are: {', '.join(p.stem for p in all_nbs)}")
+    return sorted({p for paths in found.values() for p in paths})
 
 def measured(path):
     "Seconds that a chapter took when it was last saved, as its first cell says; 0 if it does not say"
@@ -112,15 +113,14 @@ def run_all(paths, workers=2):
     return sorted(chapters, key=lambda c: c.name)
 
 def print_ladder(chapters):
-    "Print one row per rung of the ladder that was run"
-    from course_lib.core import ladder
+    "Print one row per rung of the ladder (listed in the ledger) that was run"
     results = {k:v for c in chapters for k,v in c.results.items()}
     rows = [('model', 'task', 'parameters', 'valid accuracy', 'expected', 'chapter', 'seconds')]
-    for r in ladder():
-        if not {r['accuracy_key'], r['params_key']} <= set(results): continue     # its chapter was not run
-        yours = results[r['accuracy_key']]
-        rows.append((r['model'], r['task'], f"{results[r['params_key']]['value']:,}", f"{yours['value']:.4f}", r['expected'],
-                     r['chapter'], f"{yours['seconds']:.1f}"))
+    for r in tomllib.loads((NBS/'ledger.toml').read_text(encoding='utf-8'))['ladder']:
+        if not {r['accuracy'], r['params']} <= set(results): continue     # its chapter was not run
+        acc,params = results[r['accuracy']],results[r['params']]
+        rows.append((r['model'], r['task'], f"{params['value']:,}", f"{acc['value']:.4f}", acc['expected'],
+                     r['accuracy'].partition('.')[0], f"{acc['seconds']:.1f}"))
     if len(rows)==1: return     # none of these chapters has a rung
     widths = [max(map(len, col)) for col in zip(*rows)]
     print('\nThe ladder (seconds: from the start of the chapter to the result)\n')
@@ -179,4 +179,12 @@ def main():
     print_ladder(chapters)
     print(f'\nnotebooks run: {len(chapters)}, in {time.time()-start:.0f} s')
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr):     # what a terminal or file cannot take, such as é where it is ASCII, becomes a question mark
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:     # whoever reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python would complain once more at its end
+        sys.exit(1)
