@@ -35,59 +35,26 @@ def l2_norm(
     "L2 distance: the root of the sum of the squared differences of pixels"
     return _difference('l2_norm', a, b).square().sum((-2,-1)).sqrt()
 
-# %% ../nbs/03_baseline.ipynb #1919c236
-def _l2_scores(x, m): # (n, d) images, (c, d) centers -> (n, c)
-    "Squared L2 distances without the |x|² that all classes share: enough to find the smallest"
-    return m.square().sum(1) - x @ (2*m).T
-
-def _l2_distances(x, m): # (n, d) images, (c, d) centers -> (n, c)
-    "L2 distances from |x|² - 2 x·m + |m|²: exact but for rounding, which tells most when a distance is near 0"
-    return (x.square().sum(1, keepdim=True) + _l2_scores(x, m)).clamp(min=0).sqrt()
-
 # %% ../nbs/03_baseline.ipynb #aa3c0083
-def _flat(x, dtype): # (n, ...) -> (n, d)
-    "A batch of images as the rows of a matrix"
-    if not x.is_floating_point():
-        raise TypeError(f"PixelSimilarity: the images are {x.dtype}. Make them floats, in the same way for fit and "
-                        "predict: x.float()/255")
-    if x.ndim<2:
-        raise ValueError(f"PixelSimilarity: a batch of images is (n, ...), but this is {tuple(x.shape)}. "
-                         "A single image is a batch of one: x[None]")
-    return x.flatten(1).to(dtype)
+def _flat(x): # (n, ...) -> (n, d)
+    "A batch of images as the rows of a matrix, in single or double precision"
+    if x.is_floating_point(): return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    raise TypeError(f"PixelSimilarity: the images are {x.dtype}. Make them floats, in the same way for fit and "
+                    "predict: x.float()/255")
 
 def _check_labels(x, y):
-    "Refuse labels other than one class number for each image"
-    if y.shape!=x.shape[:1]:
-        raise ValueError(f"PixelSimilarity: there are {len(x)} images, but the labels are {tuple(y.shape)}; "
-                         f"give one for each, ({len(x)},)")
-    if y.is_floating_point() or y.dtype==torch.bool:
-        raise TypeError(f"PixelSimilarity: the labels are {y.dtype}, but class numbers are whole numbers: y.long()")
-    if not len(y): raise ValueError("PixelSimilarity: there are no images")
+    "Refuse anything but one label for each image"
+    if x.ndim<2 or y.shape!=x.shape[:1] or not len(y):
+        raise ValueError(f"PixelSimilarity: the images are {tuple(x.shape)} and the labels {tuple(y.shape)}, but "
+                         "(n, ...) and (n,) are wanted, with n of at least 1")
 
-def _n_classes(y):
-    "How many classes there are, if every one from 0 to the last has an image"
-    classes = y.unique().tolist()
-    if classes==list(range(len(classes))): return len(classes)
-    raise ValueError(f"PixelSimilarity: the labels are {' '.join(map(str, classes))}; number the classes from 0 "
-                     "without a gap, for a class without images has no average")
-
-# %% ../nbs/03_baseline.ipynb #5e06935e
-def _check_finite(d, what): # (n, k) -> (n, k)
+def _finite(d, what): # (n, k) -> (n, k)
     "`d`, unless one of its rows has a number that is nan or infinite"
     bad = ~d.isfinite().all(1)
     if not bad.any(): return d
     raise ValueError(f"PixelSimilarity: {what} {bad.nonzero()[0].item()} has pixels that are nan, infinite or far "
                      "too large; look at it with x.isfinite()")
 
-def _pair(x, centers): # (n, ...), (c, ...) -> (n, d), (c, d)
-    "Images and centers as two matrices"
-    if centers is None: raise RuntimeError("PixelSimilarity: there are no centers yet: call fit(x, y) first")
-    flat,shape = _flat(x, centers.dtype),centers.shape[1:]
-    if x.shape[1:]==shape: return flat,centers.flatten(1)
-    raise ValueError(f"PixelSimilarity: one image is {tuple(x.shape[1:])} here, but was {tuple(shape)} in fit; "
-                     f"reshape the batch to ({', '.join(map(str, ['n', *shape]))})")
-
-# %% ../nbs/03_baseline.ipynb #7a123eca
 def _median(x): # (n, d) -> (d,)
     "The middle one of the values of each pixel, or the mean of the two middle ones if n is even"
     return (x.median(0).values - (-x).median(0).values)/2   # torch gives the lower one; of -x, that is minus the upper
@@ -106,33 +73,44 @@ class PixelSimilarity:
 
     def fit(self,
         x:Tensor, # (n, ...) images, floats
-        y:Tensor, # (n,) class numbers, int64; at least one image of each class from 0 to the last
+        y:Tensor, # (n,) class numbers; at least one image of each class from 0 to the last
     )->'PixelSimilarity': # itself
         "Put the center of each class into `centers`, (c, ...)"
-        flat = _flat(x, torch.promote_types(x.dtype, torch.float32))
         _check_labels(x, y)
-        middle = _median if self.center=='median' else lambda o: o.mean(0)
-        centers = torch.stack([middle(flat[y==i]) for i in range(_n_classes(y))])
-        self.centers = _check_finite(centers, 'an image of class').reshape(-1, *x.shape[1:])
+        classes = y.unique().tolist()
+        if classes!=list(range(len(classes))):
+            raise ValueError(f"PixelSimilarity: the labels are {' '.join(map(str, classes))}; number the classes from "
+                             "0 without a gap, for a class without images has no average")
+        flat = _flat(x)
+        centers = [_median(flat[y==i]) if self.center=='median' else flat[y==i].mean(0) for i in classes]
+        self.centers = _finite(torch.stack(centers), 'an image of class').reshape(-1, *x.shape[1:])
         return self
+
+    def _pair(self, x): # (n, ...) -> (n, d), (c, d)
+        "Images and centers as the rows of two matrices"
+        if self.centers is None: raise RuntimeError("PixelSimilarity: there are no centers yet: call fit(x, y) first")
+        wanted = tuple(self.centers.shape[1:])
+        if x.shape[1:]==wanted: return _flat(x).to(self.centers.dtype),self.centers.flatten(1)
+        raise ValueError(f"PixelSimilarity: one image is {tuple(x.shape[1:])} here, but was {wanted} in fit; reshape "
+                         f"the batch to (n, {', '.join(map(str, wanted))})")
 
     def distances(self,
         x:Tensor, # (n, ...) images, floats, on the same scale as in `fit`
     )->Tensor: # (n, c)
         "Distance of each image to each center"
-        x,m = _pair(x, self.centers)
-        return _check_finite(_l2_distances(x, m) if self.metric=='l2' else torch.cdist(x, m, p=1), 'image')
+        return _finite(torch.cdist(*self._pair(x), p={'l1': 1., 'l2': 2.}[self.metric]), 'image')
 
     def predict(self,
         x:Tensor, # (n, ...) images, floats, on the same scale as in `fit`
     )->Tensor: # (n,) class numbers, int64
         "The class of the nearest center; the lower one of two that are equally near"
-        x,m = _pair(x, self.centers)
-        return _check_finite(_l2_scores(x, m) if self.metric=='l2' else torch.cdist(x, m, p=1), 'image').argmin(1)
+        if self.metric=='l1': return self.distances(x).argmin(1)
+        x,m = self._pair(x)
+        return _finite(m.square().sum(1) - x @ (2*m).T, 'image').argmin(1)      # (2*x) @ m.T would copy the images
 
     def accuracy(self,
         x:Tensor, # (n, ...) images, floats
-        y:Tensor, # (n,) class numbers, int64
+        y:Tensor, # (n,) class numbers
     )->Tensor: # () between 0 and 1
         "Share of images, all counting alike, whose class is predicted rightly"
         _check_labels(x, y)

@@ -80,6 +80,22 @@ def test_makes_no_tensor_on_the_default_device(metric, center):
         assert torch.equal(model.predict(z), wanted.predict(z))
         assert model.accuracy(x, y) == wanted.accuracy(x, y)
 
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.float32])
+def test_labels_are_numbers_of_any_type(dtype):
+    x,y = images(0, 30, 4, 4),torch.arange(30)%3
+    model = PixelSimilarity().fit(x, y.to(dtype))
+    assert torch.equal(model.centers, PixelSimilarity().fit(x, y).centers) and model.accuracy(x, y.to(dtype))==model.accuracy(x, y)
+
+@pytest.mark.parametrize('y', [torch.arange(30)%3+1, torch.arange(30)%2*2, torch.arange(30)/30, torch.arange(30)-1, torch.zeros(30, 1), torch.zeros(29), torch.zeros(())])
+def test_labels_without_an_order_of_classes_or_an_image_each_are_refused(y):
+    with pytest.raises(ValueError, match='PixelSimilarity: the (labels are|images are .* and the labels)'): PixelSimilarity().fit(images(0, 30, 4, 4), y)
+
+def test_median_of_a_class_larger_than_quantile_takes_everywhere():
+    "torch.quantile refused more than 2**24 numbers until lately"
+    x = images(0, 24_001, 700)
+    center = PixelSimilarity('l1', center='median').fit(x, torch.zeros(len(x), dtype=torch.int64)).centers[0]
+    assert np.array_equal(center[:9].numpy(), np.median(x[:,:9].numpy(), axis=0))
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
 @pytest.mark.parametrize('metric', ['l1', 'l2'])
 def test_on_a_gpu(metric):
