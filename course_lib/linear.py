@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .core import check_number
+
 # %% ../nbs/04_linear.ipynb #ac99a5d8
 def init_params(
     size, # shape of the parameter, a whole number or a tuple
@@ -66,7 +68,7 @@ def gd_step(
     lr:float, # learning rate
 ):
     "Gradient descent: subtract `lr` times its gradient from each parameter, and set the gradient to zero"
-    params = list(params)
+    params,lr = list(params),check_number('gd_step', 'lr', lr)
     if not params: raise ValueError("gd_step: no parameters; a generator is empty after its first use, so use a list")
     with torch.no_grad():
         for i,p in enumerate(params):
@@ -103,6 +105,7 @@ def validate_epoch(
 )->float: # between 0 and 1
     "Accuracy on the batches of `dl`: the mean over batches, each counting the same"
     with torch.no_grad(): accs = [batch_accuracy(model(xb), yb) for xb,yb in dl]
+    if not accs: raise ValueError("validate_epoch: no batches; a generator is empty after its first use, so use a list")
     return torch.stack(accs).mean().item()
 
 # %% ../nbs/04_linear.ipynb #3711fa10
@@ -115,7 +118,7 @@ def train_model(
 )->list: # validation accuracy after each epoch
     "Train for `n_epochs` and return the validation accuracy after each"
     accs = []
-    for _ in range(n_epochs):
+    for _ in range(check_number('train_model', 'n_epochs', n_epochs, least=0, whole=True)):
         train_epoch(model, dls.train, step, loss_func)
         accs.append(validate_epoch(model, dls.valid))
     return accs

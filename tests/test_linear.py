@@ -2,11 +2,12 @@
 import platform, tomllib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 
-from course_lib.linear import batch_accuracy, calc_grad, gd_step, init_params, linear1, mnist_loss, train_epoch
+from course_lib.linear import batch_accuracy, calc_grad, gd_step, init_params, linear1, mnist_loss, train_epoch, train_model, validate_epoch
 
 untimed = settings(deadline=None)    # the first call of an operation takes much longer than the others
 
@@ -86,3 +87,39 @@ def test_classic_numbers_with_one_and_two_threads():
             torch.set_num_threads(n)
             for acc,expected in zip(run(), row['expected'], strict=True): assert abs(round(acc, 4) - expected) <= tol + 1e-9
     finally: torch.set_num_threads(before)
+
+def small_task():
+    "A batch of ten items in loaders for training and validation, a fresh model and its parameters"
+    xb,yb = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)),torch.arange(10)%2
+    torch.manual_seed(0)
+    params = [init_params(3), init_params(1)]
+    return SimpleNamespace(train=[(xb,yb)], valid=[(xb,yb)]),partial(linear1, w=params[0], b=params[1]),params
+
+@pytest.mark.parametrize('number', [np.int64, np.float32, np.float64, torch.tensor])
+def test_numbers_of_numpy_and_torch_do_as_well(number):
+    dls,model,params = small_task()
+    wanted = train_model(model, dls, partial(gd_step, params, 1), 2)
+    dls,model,params2 = small_task()
+    assert train_model(model, dls, partial(gd_step, params2, number(1)), np.int64(2))==wanted and len(wanted)==2
+    assert torch.equal(params[0], params2[0]) and params2[0].dtype==torch.float32
+    assert init_params((np.int64(2), 3)).shape==(2, 3) and init_params(np.int64(2)).shape==(2,)
+
+@pytest.mark.parametrize('bad', [None, True, float('nan'), float('inf'), '1'])
+def test_other_numbers_are_refused_before_anything_changes(bad):
+    dls,model,params = small_task()
+    calc_grad(*dls.train[0], model)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match='gd_step: lr is'): gd_step(params, bad)
+    with pytest.raises(ValueError, match='train_model: n_epochs is'): train_model(model, dls, partial(gd_step, params, 1.), bad)
+    assert torch.equal(params[0], before)
+
+def test_nothing_is_recorded_in_validation():
+    recorded = []
+    def model(xb): recorded.append(torch.is_grad_enabled()); return xb.sum(1)
+    validate_epoch(model, small_task()[0].valid)
+    assert recorded==[False] and torch.is_grad_enabled()
+
+def test_loader_without_batches_is_refused():
+    batches = iter(small_task()[0].valid)
+    validate_epoch(lambda xb: xb.sum(1), batches)
+    with pytest.raises(ValueError, match='no batches; a generator is empty'): validate_epoch(lambda xb: xb.sum(1), batches)
