@@ -6,10 +6,11 @@
 __all__ = ['Network', 'get_num_correct', 'get_all_preds', 'confusion_matrix', 'plot_confusion_matrix', 'TensorBoardCB',
            'RunBuilder', 'RunManager']
 
-# %% ../nbs/18_fashion.ipynb #b9e018d7
-import csv, io, json, keyword, math, time
+# %% ../nbs/18_fashion.ipynb #0c5829c3
+import csv, io, json, math, os, time
 from collections import namedtuple
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .checkpoint import _replace_file
-from .learner import Callback, _mode_kept, _set_mode
-from .losses import _check_classes
+from .callbacks import SetupLearnerCB
+from .core import check_number
+from .learner import Callback, Learner
 
 # %% ../nbs/18_fashion.ipynb #b93b86c0
 class Network(nn.Module):
@@ -49,66 +50,55 @@ class Network(nn.Module):
 # %% ../nbs/18_fashion.ipynb #c144a74c
 def get_num_correct(
     preds:Tensor, # (bs, c) scores
-    targs:Tensor, # (bs,) class numbers, int64
+    targs:Tensor, # (bs,) class numbers
 )->Tensor: # () whole number, on the device of `preds`
     "How many rows of `preds` have their largest entry at the class that `targs` names"
-    _check_classes('get_num_correct', preds, targs)
-    return (preds.argmax(1)==targs).sum()
+    answers,targs = _answers('get_num_correct', preds, targs)
+    return (answers==targs).sum()
 
-# %% ../nbs/18_fashion.ipynb #b0e13c16
+# %% ../nbs/18_fashion.ipynb #2856e6a8
+def _answers(who, preds, targs):
+    "The class numbers, (n,) int64, that scores (n, c) or class numbers (n,), and targets (n,), stand for"
+    preds,targs = torch.as_tensor(preds),torch.as_tensor(targs)
+    if preds.ndim==2 and preds.shape[1]>1 and preds.is_floating_point(): preds = preds.argmax(1)
+    for what,t in [('predictions', preds), ('targets', targs)]:
+        if t.ndim==1 and not t.is_floating_point() and t.dtype!=torch.bool: continue
+        raise TypeError(f"{who}: {what} are {tuple(t.shape)} {str(t.dtype)[6:]}, but class numbers are wanted, (n,), "
+                        "as whole numbers: argmax(1) makes them of scores (n, c), squeeze(1) of (n, 1). A single "
+                        "column of scores has its largest entry always at 0; for that there is batch_accuracy")
+    if len(preds)==len(targs): return preds.long(),targs.to(preds.device).long()
+    raise ValueError(f"{who}: predictions are {tuple(preds.shape)} but targets are {tuple(targs.shape)}; each image "
+                     "needs one of both")
+
+# %% ../nbs/18_fashion.ipynb #b045892a
 def get_all_preds(
     model, # of torch.nn or of this library
     dl, # gives pairs (xb, yb)
 )->tuple: # predictions (n, …) and targets (n, …), on the device of the model
     "What `model` says about all items of `dl`, in eval mode and without gradients, and their targets in the same order"
     p = next(iter(model.parameters()), None)
-    pairs = []
-    with torch.no_grad(), _mode_kept(model):
-        _set_mode(model, False)
-        for xb,yb in dl:
-            if p is not None: xb,yb = xb.to(p.device),yb.to(p.device)
-            pairs.append((model(xb), yb))
-    if not pairs: raise ValueError("get_all_preds: the loader gave no batches; its dataset is empty, or smaller than a "
-                                   "batch with drop_last, or it is a generator, used up")
-    preds,targs = zip(*pairs)
-    return torch.cat(preds),torch.cat(targs)
+    mover = [] if p is None else SetupLearnerCB(p.device)       # takes each batch to where the model is
+    return Learner(model, None, None, lr=0., cbs=mover).get_preds(dl)
 
-# %% ../nbs/18_fashion.ipynb #a76c4a77
-def _class_numbers(who, t, what):
-    "`t` as int64 (n,), or an error"
-    t = torch.as_tensor(t)
-    if t.is_floating_point() or t.dtype==torch.bool or t.ndim!=1:
-        raise TypeError(f"{who}: {what} are {tuple(t.shape)} {str(t.dtype)[6:]}, but class numbers are wanted, (n,), "
-                        "as whole numbers" + ("; of scores (n, c) take argmax(1)" if t.ndim==2 else ''))
-    return t.long()
-
+# %% ../nbs/18_fashion.ipynb #58c31d56
 def confusion_matrix(
     preds:Tensor, # (n, c) scores, or (n,) class numbers
     targs:Tensor, # (n,) class numbers
     n_classes:int=None, # by default the number of columns of the scores, or else the largest class number and one
 )->Tensor: # (n_classes, n_classes) int64; a row for each true class, a column for each predicted one
     "How often each class was taken for each (scikit-learn's takes its arguments the other way round)"
-    who = 'confusion_matrix'
-    preds,targs = torch.as_tensor(preds),_class_numbers(who, targs, 'targets')
-    if preds.ndim==2 and preds.is_floating_point():
-        if n_classes not in (None, preds.shape[1]):
-            raise ValueError(f"{who}: n_classes is {n_classes}, but scores are {tuple(preds.shape)}; leave it out")
-        n_classes,preds = preds.shape[1],preds.argmax(1)
-    preds = _class_numbers(who, preds, 'predictions')
-    if len(preds)!=len(targs): raise ValueError(f"{who}: predictions are {tuple(preds.shape)} but targets are "
-                                                f"{tuple(targs.shape)}; each image needs one of both")
-    both = torch.stack([targs, preds.to(targs.device)])
-    if n_classes is None: n_classes = int(both.max())+1 if len(targs) else 0
-    bad = ((both<0) | (both>=n_classes)).nonzero()
-    if len(bad):
-        row,i = bad[0].tolist()
-        raise ValueError(f"{who}: {'predictions' if row else 'targets'}[{i}] is {both[row,i]}, but with {n_classes} "
-                         f"classes numbers go from 0 to {n_classes-1}")
-    return (both[0]*n_classes + both[1]).bincount(minlength=n_classes**2).reshape(n_classes, n_classes)
+    who,preds = 'confusion_matrix',torch.as_tensor(preds)
+    answers,targs = _answers(who, preds, targs)
+    c = preds.shape[1] if preds.ndim==2 else max([int(t.max())+1 for t in (answers, targs) if len(t)], default=0)
+    if n_classes is not None: c = check_number(who, 'n_classes', n_classes, least=1, whole=True)
+    for what,t in [('targets', targs), ('predictions', answers)]:
+        for i in ((t<0) | (t>=c)).nonzero()[:1,0].tolist():
+            raise ValueError(f"{who}: {what}[{i}] is {t[i]}, but with {c} classes numbers go from 0 to {c-1}")
+    return (targs*c + answers).bincount(minlength=c*c).reshape(c, c)
 
 # %% ../nbs/18_fashion.ipynb #63b2572b
 def plot_confusion_matrix(
-    cm:Tensor, # (c, c) counts, as from `confusion_matrix`
+    cm:Tensor, # (c, c) counts, as from `confusion_matrix`, or shares
     classes:Iterable=None, # their names; by default their numbers
     normalize:bool=False, # show shares of each row in place of counts?
     title:str=None, # text above the plot
@@ -119,84 +109,232 @@ def plot_confusion_matrix(
     cm = torch.as_tensor(cm).cpu()
     if cm.ndim!=2 or cm.shape[0]!=cm.shape[1] or not len(cm):
         raise ValueError(f"plot_confusion_matrix: got {tuple(cm.shape)}, but a square table is wanted, (c, c)")
-    classes = list(map(str, range(len(cm)) if classes is None else classes))
-    if len(classes)!=len(cm):
-        raise ValueError(f"plot_confusion_matrix: {len(classes)} names for {len(cm)} classes; give one for each")
-    shares = cm / cm.sum(1, keepdim=True).clamp(min=1)      # a class without images gets zeros
-    values,form = (shares, '.2f') if normalize else (cm, 'd')
+    shares = cm / cm.sum(1, keepdim=True).clamp(min=1e-9)      # a class without images gets zeros
+    values = shares if normalize else cm
+    form,told = ('.2f','Shares') if values.is_floating_point() else ('d','Number of images')
     if ax is None: ax = plt.subplots(figsize=(0.9+0.5*len(cm), 0.7+0.45*len(cm)), layout='constrained')[1]
-    ax.imshow(shares.numpy(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
-    for i,row in enumerate(values.tolist()):
-        for j,v in enumerate(row):
-            text = format(v, form)
-            if float(text): ax.text(j, i, text, ha='center', va='center', fontsize=8,     # zeros would only distract
-                                    color='white' if shares[i,j]>0.5 else 'black')
-    ax.set_xticks(range(len(cm)), classes, rotation=45, ha='right', rotation_mode='anchor')
-    ax.set_yticks(range(len(cm)), classes)
-    ax.set(title=title or ('Share of each true class' if normalize else 'Number of images'), xlabel='predicted',
-           ylabel='true')
+    ax.imshow(shares.tolist(), cmap='Blues', vmin=0, vmax=1, aspect='auto')
+    for (i,j),share in zip(product(range(len(cm)), repeat=2), shares.flatten()):
+        text = format(values[i,j].item(), form)
+        if float(text): ax.text(j, i, text, ha='center', va='center', fontsize=8,     # zeros would only distract
+                                color='white' if share>0.5 else 'black')
+    names = list(range(len(cm)) if classes is None else classes)
+    ax.set_xticks(range(len(cm)), names, rotation=45, ha='right', rotation_mode='anchor')
+    ax.set_yticks(range(len(cm)), names)
+    ax.set(title=title or ('Share of each true class' if normalize else told), xlabel='predicted', ylabel='true')
     return ax
 
-# %% ../nbs/18_fashion.ipynb #be12ce7b
-def _summary_writer(path):
-    "PyTorch's writer of event files, or an error that says what to install"
-    try: from torch.utils.tensorboard import SummaryWriter
+# %% ../nbs/18_fashion.ipynb #be9f1cab
+def _import(who, package, module=None):
+    "A module of a package that not everybody has installed, or an error that says what to install"
+    try: return import_module(module or package)
     except ImportError as e:
-        raise ImportError("TensorBoardCB: the package tensorboard is not installed; pip install tensorboard") from e
-    return SummaryWriter(path)
+        raise ImportError(f"{who}: the package {package} cannot be imported ({e}); pip install {package}") from e
+
+def _results(row, sep):
+    "The numbers in a row of the history by name, such as train_loss"
+    return {f"{'train' if row['train'] else 'valid'}{sep}{k}": v for k,v in row.items()
+            if k not in ('epoch', 'train', 'n') and isinstance(v, (int,float))}
 
 class TensorBoardCB(Callback):
     "Writes the loss of each training batch and the results of each pass as TensorBoard's event files"
-    order = 50      # the metrics have come into the history by then
-    def __init__(self,
-        path, # folder of this run; `tensorboard --logdir` takes it, or the folder above, which holds several runs
-    ): self.path,self.writer,self.losses = path,None,[]
+    order,in_lr_find = 50,False     # the metrics have come into the history by then; a search for a rate is no training
+    def __init__(self, path): # folder of this run; `tensorboard --logdir` takes it, or a folder above several
+        self.path,self.writer,self.losses = path,None,[]        # (step, loss) of batches that are not written yet
 
-    def before_fit(self): self.writer = _summary_writer(self.path)
-    def before_epoch(self): self.losses = []
+    def before_fit(self):
+        self.writer = _import('TensorBoardCB', 'tensorboard', 'torch.utils.tensorboard').SummaryWriter(self.path)
 
     def after_batch(self):
         if self.training: self.losses.append((self.step_count, self.loss.detach()))
 
     def after_epoch(self):
-        for step,loss in self.losses: self.writer.add_scalar('batch/loss', loss.item(), step)
-        row = self.history[-1]
-        for k,v in row.items():
-            if k in ('epoch', 'train', 'n') or not isinstance(v, (int,float)): continue
-            self.writer.add_scalar(f"{'train' if row['train'] else 'valid'}/{k}", v, self.step_count)
+        for name,v in _results(self.history[-1], '/').items(): self.writer.add_scalar(name, v, self.step_count)
+        self._write()
 
     def cleanup_fit(self):
-        if self.writer is not None: self.writer.close()
-        self.writer,self.losses = None,[]
+        if self.writer is None: return
+        self._write()
+        self.writer.close()
+        self.writer = None
+
+    def _write(self):
+        for step,loss in self.losses: self.writer.add_scalar('batch/loss', float(loss), step)
+        self.losses = []
+        self.writer.flush()
+
+    def state_dict(self): return {'losses': [(step, float(loss)) for step,loss in self.losses]}
+    def load_state_dict(self, state): self.losses = [*state['losses']]
 
 # %% ../nbs/18_fashion.ipynb #7f65bc8f
+def _plain(v): return v.item() if getattr(v, 'ndim', None)==0 else v        # a number of NumPy's, or a tensor ()
+
 class RunBuilder:
     "Makes the runs of an experiment"
     @staticmethod
     def get_runs(
-        params:Mapping, # name of a hyper-parameter -> list of the values to try
+        params:Mapping, # name of a hyper-parameter -> list of the values to try; each becomes one of Python's own
     )->list: # a named tuple `Run` for each combination; the last name changes fastest
         "All combinations of the values"
+        lists = {}
         for name,values in params.items():
             who = f"RunBuilder: {name!r}"
-            if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith('_'):
-                raise ValueError(f"{who} cannot be the name of an attribute; use letters, digits and _, such as lr")
             if isinstance(values, (str,bytes)) or not isinstance(values, Iterable):
                 raise TypeError(f"{who} has {values!r}, but a list of values is wanted; use [{values!r}]")
-        lists = {name: list(values) for name,values in params.items()}
-        for name,values in lists.items():
-            if not values: raise ValueError(f"RunBuilder: {name!r} has no values, so there would be no runs at all")
-            twice = [v for i,v in enumerate(values) if v in values[:i]]
-            if twice: raise ValueError(f"RunBuilder: {name!r} has {twice[0]!r} twice; to repeat a run, add another "
-                                       "hyper-parameter, such as seed")
+            lists[name] = values = [*map(_plain, values)]
+            if not values: raise ValueError(f"{who} has no values, so there would be no runs at all")
+            if any(v in values[:i] for i,v in enumerate(values)):
+                raise ValueError(f"{who} has a value twice, {values}; to repeat a run, add another such as seed")
         return [*map(namedtuple('Run', lists)._make, product(*lists.values()))]
 
-# %% ../nbs/18_fashion.ipynb #a34b7190
+# %% ../nbs/18_fashion.ipynb #05768236
+class RunManager(Callback):
+    """Writes down what each epoch of each run gave, as soon as it is known, so that an interrupted experiment goes on
+
+    It is a callback for `fit`, or is told by hand when something begins and ends. One process at a time, please."""
+    order,in_lr_find = 120,False    # the metrics are in the history by then
+    def __init__(self, path): # the file, such as 'results/grid.json'; a table grid.csv comes beside it
+        self.path = Path(path)
+        if self.path.suffix!='.json':
+            raise ValueError(f"RunManager: the file is {self.path.name}, but its name must end with .json")
+        self.runs = _load_runs(self.path)       # dicts: params, finished, and epochs, a list of dicts
+        self._now = None                        # the one that has begun
+
+    def is_finished(self, run)->bool: # run: a named tuple or dict of hyper-parameters
+        "Has this run been ended, now or by an earlier process?"
+        return self._record(run)['finished']
+
+    def todo(self,
+        runs:Iterable, # named tuples or dicts of hyper-parameters
+    ): # iterator over the runs that are not finished; for more epochs of those that are, take another file
+        "The runs still to be done; each begins when it is handed out, and ends when the loop comes back for the next"
+        for run in runs:
+            if self.is_finished(run):
+                record = self._record(run)
+                print(f"{_label(record)}: finished in {self.path.name} (epochs: {len(record['epochs'])}), skipped")
+                continue
+            self.begin_run(run)
+            yield run
+            self.end_run()
+
+def _label(record): return ', '.join(f'{k} {v}' for k,v in record['params'].items())
+
+# %% ../nbs/18_fashion.ipynb #ddfcacef
+@patch
+def begin_run(self:RunManager, run): # a named tuple or dict of hyper-parameters
+    "Begin a run, or begin it again if it was interrupted"
+    record = self._record(run)
+    if record['finished']: raise ValueError(f"RunManager: {_label(record)} is finished, in {self.path.name}; skip it, "
+                                            "as todo() does, or add a hyper-parameter such as seed to do it again")
+    if record not in self.runs: self.runs.append(record)
+    self._now,self._n_done,self._earlier,self._began = record,0,None,None
+
+@patch
+def end_run(self:RunManager):
+    "End the run: it will not be done again"
+    record = self._current()
+    if self._began is not None or (not self._n_done and self._earlier is None):
+        when = 'without an epoch' if self._began is None else 'in the middle of one'
+        raise RuntimeError(f"RunManager: {_label(record)} would end {when}; call end_epoch, or fit(cbs=manager)")
+    if not record['epochs']: print(f"{_label(record)}: ended without an epoch")
+    record['finished'],self._now = True,None
+    self._save()
+
+# %% ../nbs/18_fashion.ipynb #0e2b05fb
+@patch
+def begin_epoch(self:RunManager):
+    "Begin an epoch: its time runs from now"
+    record = self._current()
+    if self._began is not None: raise RuntimeError(f"RunManager: epoch {self._n_done+1} has not ended; call end_epoch")
+    record['epochs'],self._began = record['epochs'][:self._n_done],time.perf_counter()     # what was there is done anew
+
+@patch
+def end_epoch(self:RunManager, **results): # name=number, such as train_loss=0.3, valid_accuracy=0.9
+    "End an epoch, and write its results to the files"
+    record = self._current()
+    if self._began is None: raise RuntimeError("RunManager: no epoch has begun; call begin_epoch first")
+    for name in results:
+        if name in record['params'] or name in _COLUMNS:
+            raise ValueError(f"RunManager: a result cannot be called {name}, there is such a column; rename it")
+    row = {k: float(v) if math.isfinite(v) else None for k,v in results.items()}     # JSON has no nan
+    record['epochs'].append(row | {'seconds': round(time.perf_counter()-self._began, 3)})
+    self._n_done,self._began = self._n_done+1,None
+    self._save()
+
+# %% ../nbs/18_fashion.ipynb #24ca3ed8
+@patch
+def rows(self:RunManager)->list: # of dicts: run (from 1), hyper-parameters, epoch (from 1), results, seconds
+    "A row for each epoch of each run"
+    return [{'run': i, **r['params'], 'epoch': k, **e} for i,r in enumerate(self.runs, 1)
+            for k,e in enumerate(r['epochs'], 1)]
+
+@patch
+def _save(self:RunManager):
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    rows,text = self.rows(),io.StringIO()
+    table = csv.DictWriter(text, [*dict.fromkeys(k for row in rows for k in row)], lineterminator='\n')
+    table.writeheader()
+    table.writerows(rows)
+    _write(self.path, json.dumps(self.runs, indent=1, allow_nan=False) + '\n')
+    _write(self.path.with_suffix('.csv'), text.getvalue())
+
+def _write(path, text):
+    part = path.with_name(path.name + '.part')
+    try:
+        with open(part, 'wb') as f:
+            f.write(text.encode())
+            f.flush()
+            os.fsync(f.fileno())        # on the disk, and not only on its way there
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f"RunManager: {path} cannot be written ({e}); what it held before is still there") from e
+
+# %% ../nbs/18_fashion.ipynb #5e531f4d
+@patch
+def before_fit(self:RunManager):
+    self._current()
+    self._earlier = self._n_done        # epochs of this run in other fits
+
+@patch
+def before_epoch(self:RunManager):
+    if self.training: self._end()       # the epoch before may have had no validation pass
+    if self._began is None:
+        self._go_to(self._earlier + self.epoch)
+        self._n_rows = len(self.history) - (not self.training)      # a fit may go on with the validation pass
+        self.begin_epoch()
+
+@patch
+def after_epoch(self:RunManager):
+    if not self.training: self._end()
+
+@patch
+def after_fit(self:RunManager):
+    self._end()
+    self._go_to(self._earlier + self.n_epochs)
+
+@patch
+def cleanup_fit(self:RunManager): self._began = None        # an epoch that was cut off does not count
+
+@patch
+def _end(self:RunManager):
+    if self._began is None: return
+    self.end_epoch(**{k: v for row in self.history[self._n_rows:] for k,v in _results(row, '_').items()})
+
+@patch
+def _go_to(self:RunManager, n):
+    "So many epochs of the run are done"
+    known = len(self._current()['epochs'])
+    if n>known: raise ValueError(f"RunManager: the model has done {n} epochs of {_label(self._now)}, but "
+                                 f"{self.path.name} knows {known}; the checkpoint belongs to another file of results")
+    self._n_done = n
+
+# %% ../nbs/18_fashion.ipynb #f409e75a
 _COLUMNS = 'run', 'epoch', 'seconds'
 
 def _as_params(run):
     "The hyper-parameters of a run as a dict that JSON can hold"
-    params = run._asdict() if hasattr(run, '_asdict') else dict(run)
+    params = {name: _plain(v) for name,v in (run._asdict() if hasattr(run, '_asdict') else dict(run)).items()}
     for name,v in params.items():
         if name in _COLUMNS: raise ValueError(f"RunManager: a hyper-parameter cannot be called {name}, there is such a "
                                               "column; rename it")
@@ -206,21 +344,6 @@ def _as_params(run):
     if not params: raise ValueError("RunManager: the run has no hyper-parameters to tell it from others")
     return params
 
-class RunManager(Callback):
-    """Writes down what each epoch of each run gave, as soon as it is known, so that an interrupted experiment goes on
-
-    It is a callback for `fit`, or is told by hand when something begins and ends. One process at a time, please."""
-    order = 120     # the metrics are in the history by then, and CheckpointCB has said where the fit begins
-    def __init__(self,
-        path, # the file, such as 'results/grid.json'; a table grid.csv comes beside it
-    ):
-        self.path = Path(path)
-        if self.path.suffix!='.json': raise ValueError(f"RunManager: the file is {self.path.name}; its name must end "
-                                                       "with .json (a table .csv is written beside it)")
-        self.runs = _load_runs(self.path)       # dicts: params, finished, and epochs, a list of dicts
-        self._now,self._n_done,self._began = None,0,None    # the run, its epochs that are done, when this one began
-
-# %% ../nbs/18_fashion.ipynb #0391c4d8
 def _load_runs(path):
     "What a RunManager wrote to `path`; nothing if there is no such file"
     if not path.exists(): return []
@@ -232,156 +355,41 @@ def _load_runs(path):
                          "or take another name") from e
     return runs
 
-# %% ../nbs/18_fashion.ipynb #87e496c5
 @patch
-def _find(self:RunManager, params):
-    "The record of the run with these hyper-parameters, or None"
+def _record(self:RunManager, run):
+    "What is known of the run with these hyper-parameters: a dict of `runs`, or a new one"
+    params = _as_params(run)
     if self.runs and {*params}!={*self.runs[0]['params']}:
         raise ValueError(f"RunManager: {self.path.name} has runs over {', '.join(self.runs[0]['params'])}, and this "
                          f"one is over {', '.join(params)}; take another file")
-    return next((r for r in self.runs if r['params']==params), None)
+    return next((r for r in self.runs if r['params']==params), {'params': params, 'finished': False, 'epochs': []})
 
-# %% ../nbs/18_fashion.ipynb #34ac90ff
-@patch
-def is_finished(self:RunManager,
-    run, # named tuple or dict of hyper-parameters
-)->bool:
-    "Has this run been ended, now or by an earlier process?"
-    record = self._find(_as_params(run))
-    return record is not None and record['finished']
-
-@patch
-def todo(self:RunManager,
-    runs:Iterable, # named tuples or dicts of hyper-parameters
-): # iterator over the runs that are not finished
-    "The runs still to be done; each begins when it is handed out, and ends when the loop comes back for the next"
-    for run in runs:
-        if self.is_finished(run): continue
-        self.begin_run(run)
-        yield run
-        self.end_run()
-
-# %% ../nbs/18_fashion.ipynb #8b6b7765
-@patch
-def begin_run(self:RunManager,
-    run, # named tuple or dict of hyper-parameters
-):
-    "Begin a run, or begin it again if it was interrupted"
-    params = _as_params(run)
-    record = self._find(params)
-    if record is None: self.runs.append(record := {'params': params, 'finished': False, 'epochs': []})
-    if record['finished']: raise ValueError(f"RunManager: {params} is finished, in {self.path.name}; skip it, as "
-                                            "todo() does, or add a hyper-parameter such as seed to do it again")
-    self._now,self._n_done,self._began = record,0,None
-
-# %% ../nbs/18_fashion.ipynb #43dbc9d3
 @patch
 def _current(self:RunManager):
     "The record of the run that has begun"
     if self._now is None: raise RuntimeError("RunManager: no run has begun; call begin_run, or loop over todo(runs)")
     return self._now
 
-@patch
-def end_run(self:RunManager):
-    "End the run: it will not be done again"
-    record = self._current()
-    if self._began is not None or not self._n_done:
-        when = "without an epoch" if self._began is None else "in the middle of one"
-        raise RuntimeError(f"RunManager: the run {record['params']} would end {when}; call end_epoch first")
-    record['epochs'],record['finished'],self._now = record['epochs'][:self._n_done],True,None
-    self._save()
-
-# %% ../nbs/18_fashion.ipynb #e1986749
-@patch
-def begin_epoch(self:RunManager):
-    "Begin an epoch: its time runs from now"
-    self._current()
-    if self._began is not None:
-        raise RuntimeError(f"RunManager: epoch {self._n_done+1} has not ended; call end_epoch. (As a callback it ends "
-                           "an epoch with the validation pass, so fit needs one.)")
-    self._began = time.perf_counter()
-
-# %% ../nbs/18_fashion.ipynb #0e2b05fb
-@patch
-def end_epoch(self:RunManager,
-    **results, # name=number, such as train_loss=0.3, valid_accuracy=0.9
-):
-    "End an epoch, and write its results to the files"
-    record = self._current()
-    if self._began is None: raise RuntimeError("RunManager: no epoch has begun; call begin_epoch first")
-    for name in results:
-        if name in record['params'] or name in _COLUMNS:
-            raise ValueError(f"RunManager: a result cannot be called {name}, there is such a column; rename it")
-    seconds,self._began = time.perf_counter()-self._began,None
-    row = {k: float(v) if math.isfinite(v) else None for k,v in results.items()}     # JSON has no nan
-    record['epochs'] = record['epochs'][:self._n_done] + [row | {'seconds': round(seconds, 3)}]
-    self._n_done += 1
-    self._save()
-
-# %% ../nbs/18_fashion.ipynb #6fa99e9c
-@patch
-def rows(self:RunManager)->list: # of dicts: run (from 1), hyper-parameters, epoch (from 1), results, seconds
-    "A row for each epoch of each run"
-    return [{'run': i, **r['params'], 'epoch': k, **e} for i,r in enumerate(self.runs, 1)
-            for k,e in enumerate(r['epochs'], 1)]
-
-@patch
-def _save(self:RunManager):
-    "Write both files anew; each of them is the whole new one or the whole old one at any time"
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(self.path, (json.dumps(self.runs, indent=1, allow_nan=False) + '\n').encode())
-    rows,text = self.rows(),io.StringIO()
-    names = [*dict.fromkeys(k for row in rows for k in row)]
-    table = csv.DictWriter(text, names, lineterminator='\n')
-    table.writeheader()
-    table.writerows(rows)
-    _replace_file(self.path.with_suffix('.csv'), text.getvalue().encode())
-
-# %% ../nbs/18_fashion.ipynb #58337843
+# %% ../nbs/18_fashion.ipynb #f129d131
 @patch
 def table(self:RunManager): # pandas DataFrame
     "The rows as a table"
-    try: import pandas as pd
-    except ImportError as e:
-        raise ImportError("RunManager: a table needs pandas, which is not installed; pip install pandas. "
-                          "Without it, rows() gives a list, and the .csv file is there too") from e
-    return pd.DataFrame(self.rows())
+    return _import('RunManager', 'pandas').DataFrame(self.rows())
 
-# %% ../nbs/18_fashion.ipynb #6c7e37e1
 @patch
 def plot(self:RunManager,
     name:str='valid_accuracy', # column to compare the runs by
     ax=None, # matplotlib axes to draw on; new ones if None
 ): # the matplotlib axes
     "Draw one result of all runs, epoch by epoch, and return the axes"
-    import matplotlib.pyplot as plt
-    if not any(name in e for r in self.runs for e in r['epochs']):
-        known = sorted({k for r in self.runs for e in r['epochs'] for k in e})
-        raise ValueError(f"RunManager: no epoch has a {name}; there is {', '.join(known) or 'nothing at all yet'}")
-    if ax is None: ax = plt.subplots(figsize=(7,3.2), layout='constrained')[1]
-    for i,r in enumerate(self.runs):
-        values = [math.nan if e.get(name) is None else e[name] for e in r['epochs']]
-        label = ', '.join(f'{k} {v}' for k,v in r['params'].items())
-        ax.plot(range(1, len(values)+1), values, marker='os^vDP*X'[i%8], ls=['-', '--', '-.', ':'][i%4], label=label)
-    ax.set(title='The runs compared', xlabel='epoch', ylabel=name.replace('_', ' '))
+    table = self.table()
+    if name not in table: raise ValueError(f"RunManager: no epoch has a {name}; there is "
+                                           f"{', '.join(sorted(table)) or 'nothing at all yet'}")
+    wide = table.pivot(index='epoch', columns='run', values=name).astype(float)
+    wide.columns = [_label(self.runs[i-1]) for i in wide.columns]
+    styles = [marker+line for marker,line in zip('os^vDP*X', ['-', '--', '-.', ':']*2)]
+    ax = wide.plot(ax=ax, figsize=None if ax else (7,3.2), style=[styles[i%8] for i in range(len(wide.columns))],
+                   title='The runs compared', ylabel=name.replace('_', ' '))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
     return ax
-
-# %% ../nbs/18_fashion.ipynb #9715243c
-@patch
-def before_fit(self:RunManager):
-    n,known = max(self._n_done, self.start_epoch),len(self._current()['epochs'])
-    if n>known: raise ValueError(f"RunManager: the model has done {n} epochs of {self._now['params']}, but "
-                                 f"{self.path.name} knows {known}; the checkpoint belongs to another file of results")
-    self._n_done,self._began = n,None       # a fit that goes on from a checkpoint has epochs behind it
-
-@patch
-def before_epoch(self:RunManager):
-    if self.training: self.begin_epoch()
-
-@patch
-def after_epoch(self:RunManager):
-    if self.training: return
-    self.end_epoch(**{f"{'train' if row['train'] else 'valid'}_{k}": v for row in self.history[-2:]
-                      for k,v in row.items() if k not in ('epoch', 'train', 'n') and isinstance(v, (int,float))})

@@ -12,22 +12,27 @@ import torch
 from torch import nn, optim
 from torch.utils import data as torch_data
 
+from .core import check_number
 from .dataloader import DataLoaders, collate
 from .losses import accuracy
 
-# %% ../nbs/17_pytorch.ipynb #14a15014
+# %% ../nbs/17_pytorch.ipynb #90b8b458
 def get_dls(
     train_ds, # dataset to learn from; its batches are shuffled
     valid_ds, # dataset to be judged by; its batches stay in order and are twice as large
     bs:int=64, # batch size for training, in items
-    **kwargs, # passed on to both of PyTorch's loaders, such as num_workers=2
+    **kwargs, # passed on to both of PyTorch's loaders, such as num_workers=2; drop_last to the first alone
 )->tuple: # two of PyTorch's loaders: for training, for validation
     "PyTorch's loaders for two datasets, with its samplers and our `collate`"
     for name,ds in [('train_ds', train_ds), ('valid_ds', valid_ds)]:
         if not len(ds): raise ValueError(f"get_dls: {name} has no items; is its folder or its selection empty?")
-    kwargs = {'collate_fn': collate, **kwargs}
+    for name in {'sampler', 'shuffle', 'batch_sampler', 'batch_size'} & {*kwargs}:
+        raise TypeError(f"get_dls: {name} cannot be given, for it sets sampler and batch size (bs) itself; for others "
+                        "make the two loaders with torch.utils.data.DataLoader")
+    bs,kwargs = check_number('get_dls', 'bs', bs, least=1, whole=True),{'collate_fn': collate, **kwargs}
     return (torch_data.DataLoader(train_ds, bs, sampler=torch_data.RandomSampler(train_ds), **kwargs),
-            torch_data.DataLoader(valid_ds, bs*2, sampler=torch_data.SequentialSampler(valid_ds), **kwargs))
+            torch_data.DataLoader(valid_ds, bs*2, sampler=torch_data.SequentialSampler(valid_ds),
+                                  **kwargs | {'drop_last': False}))
 
 # %% ../nbs/17_pytorch.ipynb #fd24caa3
 class DataBunch(DataLoaders):
@@ -37,10 +42,8 @@ class DataBunch(DataLoaders):
         valid_dl, # the same, to be judged by
         c:int=None, # number of classes; None finds out from the training targets
     ):
-        if c is not None and (not isinstance(c, int) or c<1):
-            raise ValueError(f"DataBunch: c is {c!r}, but a number of classes is wanted, a whole number from 1 on")
         super().__init__(train_dl, valid_dl)
-        self._c = c
+        self._c = None if c is None else check_number('DataBunch', 'c', c, least=1, whole=True)
 
     @property
     def train_dl(self):
@@ -69,14 +72,15 @@ def get_model(
     if x.ndim!=1:
         raise ValueError(f"get_model: an item is {tuple(x.shape)}, but a flat row of pixels is wanted; make the "
                          "dataset of x.flatten(1)")
-    model = nn.Sequential(nn.Linear(len(x), num_hidden_layers), nn.ReLU(), nn.Linear(num_hidden_layers, db.c))
-    return model,optim.SGD(model.parameters(), lr=lr)
+    n_units = check_number('get_model', 'num_hidden_layers', num_hidden_layers, least=1, whole=True)
+    model = nn.Sequential(nn.Linear(len(x), n_units), nn.ReLU(), nn.Linear(n_units, db.c))
+    return model,optim.SGD(model.parameters(), lr=check_number('get_model', 'lr', lr, least=0))
 
 # %% ../nbs/17_pytorch.ipynb #81f446d3
 def _check_opt(model, opt):
     "Refuse an optimizer that has none of the model's parameters"
-    groups = getattr(opt, 'param_groups', None) or [vars(opt)]      # torch.optim's dicts, or our own attributes
-    its = {id(p) for g in groups for p in g.get('params', ())}
+    groups = getattr(opt, 'param_groups', None) or [{'params': getattr(opt, 'params', ())}]     # torch.optim's, or ours
+    its = {id(p) for g in groups for p in g['params']}
     mine = {id(p) for p in model.parameters()}
     if mine and its and not mine & its:
         raise ValueError("fit: the optimizer has none of the model's parameters; it was made for another model, "
@@ -89,9 +93,9 @@ def _validate(model, loss_func, valid_dl):
     loss,acc,n = 0.,0.,0
     for xb,yb in valid_dl:
         preds = model(xb)
-        loss += loss_func(preds, yb)*len(xb)
-        acc += accuracy(preds, yb)*len(xb)
-        n += len(xb)
+        loss += loss_func(preds, yb)*len(yb)
+        acc += accuracy(preds, yb)*len(yb)
+        n += len(yb)
     if not n: raise ValueError("fit: the validation loader gave no batches; it is empty, or a generator, used up")
     return float(loss)/n,float(acc)/n
 
@@ -106,10 +110,9 @@ def fit(
     say:Callable=print, # gets a line of text after each epoch; None for silence
 )->tuple: # validation loss and accuracy after the last epoch
     "Train a model and judge it after each epoch; it is left in eval mode"
-    if not isinstance(n_epochs, int) or n_epochs<1:
-        raise ValueError(f"fit: n_epochs is {n_epochs}; a whole number from 1 on is needed")
     _check_opt(model, opt)
-    for epoch in range(n_epochs):
+    opt.zero_grad()             # somebody may have left gradients behind
+    for epoch in range(check_number('fit', 'n_epochs', n_epochs, least=1, whole=True)):
         model.train()
         n = 0
         for n,(xb,yb) in enumerate(train_dl, 1):

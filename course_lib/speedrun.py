@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .callbacks import MetricsCB
 from .conv import BatchNorm, ConvLayer
+from .core import check_number
 from .dataloader import DataLoader, DataLoaders
 from .learner import Callback, Learner
 from .losses import accuracy, cross_entropy
@@ -32,7 +33,10 @@ class PixelsCB(Callback):
         size:int=28, # pixels in height and width to keep
         shift:int=0, # in training, move the middle by up to so many pixels each way, another way for each batch
         channels_last:bool=True, # order of the numbers in memory; the shape is the same
-    ): self.size,self.shift,self.channels_last = size,shift,channels_last
+    ):
+        self.size = check_number('PixelsCB', 'size', size, least=1, whole=True)
+        self.shift = check_number('PixelsCB', 'shift', shift, least=0, whole=True)
+        self.channels_last = channels_last
 
     def before_batch(self):
         x,size = self.xb,self.size
@@ -165,7 +169,7 @@ def bfloat16_is_fast()->bool:
 
 # %% ../nbs/21_speedrun.ipynb #5bfc580f
 def speed_learner(
-    train, # `Dataset` to learn from: uint8 images (n, 28, 28), and their classes, int64
+    train, # `Dataset` to learn from: uint8 images (n, 28, 28) and classes, int64; a last batch of one is left out
     test, # the same, to be judged by
     seed:int=0, # another seed gives another order
     shift:int=0, # in training, shift the images by up to so many pixels each way
@@ -173,7 +177,8 @@ def speed_learner(
     mixed:bool=None, # compute predictions in bfloat16? None: if `bfloat16_is_fast`
 )->Learner: # its `fit` trains
     "A Learner for small gray images that is quick on a CPU: `speed_net` with `Muon` and a one-cycle schedule"
-    dls = DataLoaders(DataLoader(train, 384, shuffle=True, seed=seed), DataLoader(test, 1000))
+    alone = len(train)%384==1       # BatchNorm(64) needs two images at least to have a variance
+    dls = DataLoaders(DataLoader(train, 384, shuffle=True, drop_last=alone, seed=seed), DataLoader(test, 1000))
     cbs = [PixelsCB(22, shift), OneCycle(), MetricsCB(acc=accuracy)]
     if bfloat16_is_fast() if mixed is None else mixed: cbs.append(MixedPrecisionCB())
     return Learner(speed_net(22, nfs=nfs), dls, partial(cross_entropy, label_smoothing=0.1), 0.35, cbs, Muon)

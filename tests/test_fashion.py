@@ -1,5 +1,5 @@
 "A whole project: its network, its tables, and an experiment that is killed and goes on"
-import csv, json, math, os, signal, subprocess, sys
+import csv, json, keyword, math, os, signal, subprocess, sys
 from itertools import product
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from course_lib import fashion, module
+from course_lib import module
 from course_lib.checkpoint import CheckpointCB
 from course_lib.callbacks import TrackResults
 from course_lib.core import set_seed, test_near
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
-from course_lib.fashion import (Network, RunBuilder, RunManager, confusion_matrix, get_all_preds, get_num_correct,
-                                plot_confusion_matrix)
-from course_lib.learner import Callback, CancelFitException, Learner
+from course_lib.fashion import (Network, RunBuilder, RunManager, TensorBoardCB, confusion_matrix, get_all_preds,
+                                get_num_correct, plot_confusion_matrix)
+from course_lib.learner import Callback, CancelEpochException, CancelFitException, Learner
 from course_lib.losses import accuracy
 from course_lib.optim import Adam
 
@@ -65,6 +65,26 @@ def killed_again_and_again(folder, checkpoints):
         if not found[-1][0]: break
     return found
 
+def watched(folder, cbs=()):
+    "A fit of 3 epochs of 3 training batches, saved after each batch, and watched by TensorBoard"
+    learn = make_learner(RUNS[0], [TensorBoardCB(folder/'events'), *cbs])
+    learn.fit(EPOCHS+1, cbs=CheckpointCB(folder/'saved', every=1, resume=True))
+
+def killed_while_watched(folder):
+    "`watched` in processes that are killed after some batches, until one comes to its end"
+    found = []
+    for at in [1, 1, 1, 2, 30]:
+        pid = os.fork()
+        if not pid:
+            try: watched(folder, [Kill(at)])
+            except BaseException as e: os.write(2, repr(e).encode())
+            else: os._exit(0)
+            os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+        found.append([os.WIFSIGNALED(status), os.waitstatus_to_exitcode(status), []])
+        if not found[-1][0]: break
+    return found
+
 def dying_writes(folder):
     "Processes that are killed within the writing of the files, each at a later move of a file"
     found = []
@@ -92,7 +112,7 @@ def killed(tmp_path_factory):
     folder,env = tmp_path_factory.mktemp('killed'),{**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode==0, done.stderr
-    return folder,json.loads(done.stdout)
+    return folder,json.loads(done.stdout.splitlines()[-1])
 
 def progress(runs): return sum(len(r['epochs']) for r in runs if r['finished'])
 
@@ -111,6 +131,36 @@ def test_a_killed_experiment_goes_on_and_ends_with_the_same_rows(tmp_path, kille
     assert [*manager.todo(RUNS)]==[]
     with open(folder/'grid.csv', newline='') as f: rows = [*csv.DictReader(f)]
     assert [float(r['valid_loss']) for r in rows]==[r['valid_loss'] for r in manager.rows()]
+
+def scalars(folder):
+    "What TensorBoard finds in `folder`: name -> {step: value}; a step that was written twice must have one value"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events,found = EventAccumulator(str(folder)).Reload(),{}
+    for name in events.Tags()['scalars']:
+        for o in events.Scalars(name): assert found.setdefault(name, {}).setdefault(o.step, o.value)==o.value, (name, o)
+    return found
+
+def test_curves_have_no_gap_where_a_fit_was_killed(tmp_path, killed):
+    "Killed within passes, and resumed from checkpoints in the middle of them"
+    folder,found = killed[0]/'watched',killed[1]['watched']
+    assert sum(o[0] for o in found)>=3 and found[-1][:2]==[False, 0]
+    watched(tmp_path)
+    got,wanted = scalars(folder/'events'),scalars(tmp_path/'events')
+    assert list(wanted['batch/loss'])==list(range(1, 10)) and set(wanted)=={'batch/loss', 'train/loss', 'train/accuracy',
+                                                                            'valid/loss', 'valid/accuracy'}
+    assert got==wanted
+
+def test_an_interrupted_fit_writes_what_it_has(tmp_path):
+    class Stop(Callback):
+        def after_step(self):
+            if self.step_count==5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): make_learner(RUNS[0], [TensorBoardCB(tmp_path), Stop()]).fit(3)
+    assert list(scalars(tmp_path)['batch/loss'])==[1, 2, 3, 4]
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(ImportError, match='TensorBoardCB: .*pip install tensorboard'):
+        make_learner(RUNS[0], [TensorBoardCB(tmp_path)]).fit(1)
 
 def test_killed_while_writing(killed):
     "Whenever it dies, there is a whole file, and no finished run is lost"
@@ -147,8 +197,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_): raise OSError('no space left on device')
     monkeypatch.setattr(os, 'fsync', full)
     manager.begin_epoch()
-    with pytest.raises(OSError): manager.end_epoch(loss=0.5)
+    with pytest.raises(OSError, match=r'a\.json cannot be written \(no space left.*held before is still there'):
+        manager.end_epoch(loss=0.5)
     assert ((tmp_path/'a.json').read_bytes(), (tmp_path/'a.csv').read_bytes())==before
+    assert sorted(o.name for o in tmp_path.iterdir())==['a.csv', 'a.json']      # no half-written file stays
     assert len(RunManager(tmp_path/'a.json').rows())==1
 
 def test_numbers_that_json_lacks(tmp_path):
@@ -180,6 +232,7 @@ def test_manager_refuses_what_it_cannot_keep(tmp_path):
     with pytest.raises(RuntimeError, match='without an epoch'): manager.end_run()
     manager.begin_epoch()
     with pytest.raises(RuntimeError, match='epoch 1 has not ended'): manager.begin_epoch()
+    with pytest.raises(TypeError): manager.end_epoch(loss='low')
     with pytest.raises(RuntimeError, match='in the middle'): manager.end_run()
     for name in 'lr', 'run', 'seconds':
         with pytest.raises(ValueError, match=f'called {name}'): manager.end_epoch(**{name: 1.})
@@ -187,32 +240,124 @@ def test_manager_refuses_what_it_cannot_keep(tmp_path):
     manager.end_run()
     assert not RunManager(tmp_path/'a.json').is_finished(dict(lr=1.5))
 
-def test_fits_that_are_not_plain(tmp_path):
+class StopAt(Callback):
+    "Raises `error` at the beginning of a pass of epoch `epoch`, or in its first batch"
+    def __init__(self, epoch, error=CancelFitException, training=True, in_batch=False):
+        self.at,self.error,self.in_batch = (epoch, training),error,in_batch
+    def before_epoch(self):
+        if not self.in_batch and (self.epoch, self.training)==self.at: raise self.error
+    def after_loss(self):
+        if self.in_batch and (self.epoch, self.training)==self.at: raise self.error
+
+def test_two_fits_of_a_run_go_on_counting(tmp_path):
     manager = RunManager(tmp_path/'a.json')
-    with pytest.raises(RuntimeError, match='fit needs one'):
-        manager.begin_run(RUNS[0])
-        make_learner(RUNS[0]).fit(2, cbs=manager, valid=False)
     manager.begin_run(RUNS[0])
     learn = make_learner(RUNS[0])
     learn.fit(1, cbs=manager)
-    learn.fit(2, cbs=manager)               # a second fit of the same run goes on
+    learn.fit(2, cbs=manager)
     manager.end_run()
     losses = [o['loss'] for o in learn.history if not o['train']]
     assert [r['valid_loss'] for r in manager.rows()]==losses and len(losses)==3
-    class StopEarly(Callback):
-        def before_epoch(self):
-            if self.epoch==1: raise CancelFitException
-    for run in manager.todo(RUNS[:2]): make_learner(run, [StopEarly()]).fit(5, cbs=manager)
-    assert [len(r['epochs']) for r in manager.runs]==[3, 1] and all(r['finished'] for r in manager.runs)
+
+def test_a_second_fit_goes_on_after_one_that_had_nothing_left(tmp_path):
+    for done in (0, 1):         # the second time its checkpoint is that of the end
+        manager = RunManager(tmp_path/'a.json')
+        manager.begin_run(RUNS[0])
+        learn = make_learner(RUNS[0], [CheckpointCB(tmp_path/'saved', resume=True)])
+        learn.fit(2, cbs=manager)
+        assert [r['epoch'] for r in manager.rows()]==[1, 2]
+    learn.remove_cbs(learn.cbs[-1])
+    learn.fit(1, cbs=manager)
+    manager.end_run()
+    assert [r['epoch'] for r in manager.rows()]==[1, 2, 3]
+    assert manager.rows()[-1]['valid_loss']==learn.history[-1]['loss']
+
+@pytest.mark.parametrize('in_batch', [False, True], ids=['before the pass', 'in a batch'])
+@pytest.mark.parametrize('at,training,epochs', [(0, True, 0), (0, False, 0), (1, True, 1), (1, False, 1)])
+def test_a_fit_that_is_ended_ends_its_run_and_not_the_grid(tmp_path, capsys, at, training, epochs, in_batch):
+    "An early stop, or a guard against nan, may end it in any pass, even in the first"
+    manager = RunManager(tmp_path/'a.json')
+    for run in manager.todo(RUNS[:3]):
+        stop = [StopAt(at, training=training, in_batch=in_batch)] if run==RUNS[1] else []
+        make_learner(run, stop).fit(2, cbs=manager)
+    assert [(len(r['epochs']), r['finished']) for r in manager.runs]==[(2, True), (epochs, True), (2, True)]
+    assert ('lr 0.1, bs 30: ended without an epoch' in capsys.readouterr().out)==(not epochs)
+    assert [*RunManager(tmp_path/'a.json').todo(RUNS[:3])]==[]
+    assert f'lr 0.1, bs 30: finished in a.json (epochs: {epochs}), skipped' in capsys.readouterr().out
+
+def test_an_error_that_is_caught_does_not_end_the_grid(tmp_path):
+    manager = RunManager(tmp_path/'a.json')
+    for run in manager.todo(RUNS[:2]):
+        try: make_learner(run, [StopAt(1, MemoryError, in_batch=True)]).fit(3, cbs=manager)
+        except MemoryError: continue
+    assert [(len(r['epochs']), r['finished']) for r in manager.runs]==[(1, True)]*2
+
+@pytest.mark.parametrize('how', ['no validation', 'cancelled validation', 'cancelled training', 'validation alone'])
+def test_epochs_that_lack_a_pass_have_what_there_is(tmp_path, how):
+    class Skip(Callback):
+        def before_batch(self):
+            if self.training==(how=='cancelled training') and self.epoch: raise CancelEpochException
+    manager = RunManager(tmp_path/'a.json')
+    manager.begin_run(RUNS[0])
+    learn = make_learner(RUNS[0], [Skip()] if 'cancelled' in how else [])
+    learn.fit(3, cbs=manager, valid=how!='no validation', train=how!='validation alone')
+    manager.end_run()
+    rows,epochs = manager.rows(),range(3)
+    assert [r['epoch'] for r in rows]==[1, 2, 3]
+    for kind in 'train', 'valid':
+        losses = {row['epoch']: row['loss'] for row in learn.history if row['train']==(kind=='train')}
+        assert [r.get(f'{kind}_loss') for r in rows]==[losses.get(i) for i in epochs]
+    assert [*csv.DictReader(open(tmp_path/'a.csv'))][2]['seconds']
+
+def test_a_run_that_nobody_told_of_any_epoch_is_not_finished(tmp_path):
+    manager = RunManager(tmp_path/'a.json')
+    with pytest.raises(RuntimeError, match=r'without an epoch.*fit\(cbs=manager\)'):
+        for run in manager.todo(RUNS): make_learner(run).fit(1)
+    assert not RunManager(tmp_path/'a.json').is_finished(RUNS[0])
+
+def test_numpys_numbers_are_taken_and_saved_as_plain_ones(tmp_path):
+    params = dict(bs=np.array([32, 64]), lr=np.array([0.5, 0.25], dtype=np.float32), norm=[np.True_, np.bool_(False)],
+                  wd=torch.tensor([0.125]), kind=np.array(['a']))
+    runs = RunBuilder.get_runs(params)
+    plain = RunBuilder.get_runs(dict(bs=[32, 64], lr=[0.5, 0.25], norm=[True, False], wd=[0.125], kind=['a']))
+    assert runs==plain and [list(map(type, r)) for r in runs]==[[int, float, bool, float, str]]*8
+    manager = RunManager(tmp_path/'a.json')
+    for run in manager.todo([dict(bs=np.int64(32), lr=np.float64(0.5))]):
+        manager.begin_epoch()
+        manager.end_epoch(valid_accuracy=np.float32(0.25), loss=np.float64('nan'))
+    again = RunManager(tmp_path/'a.json')
+    assert again.is_finished(dict(bs=32, lr=0.5)) and again.is_finished(dict(bs=np.int32(32), lr=torch.tensor(0.5)))
+    assert (again.rows()[0]['valid_accuracy'], again.rows()[0]['loss'])==(0.25, None)
 
 def test_table_without_pandas(tmp_path, monkeypatch):
     manager = RunManager(tmp_path/'a.json')
+    with pytest.raises(ValueError, match='there is nothing at all yet'): manager.plot()
     monkeypatch.setitem(sys.modules, 'pandas', None)
-    with pytest.raises(ImportError, match='pip install pandas'): manager.table()
-    with pytest.raises(ValueError, match='nothing at all yet'): manager.plot()
+    with pytest.raises(ImportError, match='RunManager: .*pip install pandas'): manager.table()
     assert manager.rows()==[]
 
-names = st.from_regex(r'[a-z][a-z0-9]{0,5}', fullmatch=True).filter(lambda o: not fashion.keyword.iskeyword(o))
+def test_plot_draws_a_line_for_each_run_that_has_the_result(tmp_path):
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    manager,wanted = RunManager(tmp_path/'a.json'),{}
+    for i,run in enumerate(manager.todo([dict(lr=10.**-k) for k in range(10)])):
+        values = [i/10, math.nan, 0.5][:i%3+1]
+        for v in values:
+            manager.begin_epoch()
+            manager.end_epoch(acc=v)
+        wanted[f"lr {run['lr']}"] = values
+    ax = manager.plot('acc')
+    got = {line.get_label(): line.get_ydata()[:len(wanted[line.get_label()])] for line in ax.lines}
+    assert list(got)==list(wanted) and [o.get_text() for o in ax.get_legend().texts]==list(wanted)
+    for name,values in wanted.items(): np.testing.assert_array_equal(got[name], values)
+    assert len({(line.get_marker(), line.get_linestyle()) for line in ax.lines})==8
+    assert (ax.get_ylabel(), ax.get_xlabel())==('acc', 'epoch')
+    assert manager.plot('acc', ax=plt.subplots()[1]).get_title()=='The runs compared'
+    with pytest.raises(ValueError, match='no epoch has a f1; there is acc, epoch, lr, run, seconds'): manager.plot('f1')
+    plt.close('all')
+
+names = st.from_regex(r'[a-z][a-z0-9]{0,5}', fullmatch=True).filter(lambda o: not keyword.iskeyword(o))
 @given(st.dictionaries(names, st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), max_size=4))
 @settings(deadline=None, max_examples=30)
 def test_runs_are_the_product(params):
@@ -223,7 +368,7 @@ def test_runs_are_the_product(params):
 def test_runs_take_generators_and_refuse_nonsense():
     assert [r.lr for r in RunBuilder.get_runs({'lr': (10**-i for i in (1, 2))})]==[0.1, 0.01]
     for bad in 'class', '_lr', '1st', 'a-b', '':
-        with pytest.raises(ValueError, match='cannot be the name'): RunBuilder.get_runs({bad: [1]})
+        with pytest.raises(ValueError, match='identifier|keyword|underscore'): RunBuilder.get_runs({bad: [1]})
     with pytest.raises(TypeError, match=r'use \[0.1\]'): RunBuilder.get_runs(dict(lr=0.1))
 
 @given(st.integers(2, 6).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.tuples(*[st.integers(0, c-1)]*2), min_size=1, max_size=30))))
@@ -245,9 +390,22 @@ def test_confusion_matrix_at_the_edges():
     assert confusion_matrix(none, none, 3).tolist()==[[0]*3]*3
     assert confusion_matrix(none, none).shape==(0, 0)
     one = torch.zeros(2, dtype=torch.int64)
-    for preds,targs,n,why in [(torch.zeros(2, 3), one, 4, 'n_classes is 4'), (torch.zeros(2), one, None, 'float32'),
-                              (one, torch.zeros(2, 1).long(), None, r'\(2, 1\)'), (one==0, one, None, 'bool')]:
+    assert confusion_matrix(torch.zeros(2, 3), one, np.int64(4)).tolist()==[[2, 0, 0, 0]]+[[0]*4]*3
+    for preds,targs,n,why in [(torch.tensor([[0., 0., 1.]]*2), one, 2, r'predictions\[0\] is 2'), (torch.zeros(2), one, None, 'float32'),
+                              (one, torch.zeros(2, 1).long(), None, r'targets are \(2, 1\).*squeeze\(1\)'), (one==0, one, None, 'bool'),
+                              (one, one, 0, 'n_classes is 0'), (one, one, 2.5, 'n_classes is 2.5'), (one, one, True, 'n_classes is True'),
+                              (one[:,None], one, None, r'predictions are \(2, 1\) int64.*squeeze\(1\)')]:
         with pytest.raises((ValueError, TypeError), match=why): confusion_matrix(preds, targs, n)
+
+@pytest.mark.parametrize('f', [get_num_correct, confusion_matrix])
+def test_a_single_column_of_scores_is_refused(f):
+    "Its largest entry is always the first, so all would be of class 0"
+    for targs in (torch.tensor([1, 0]), torch.tensor([[1], [0]])):
+        with pytest.raises(TypeError, match=r'predictions are \(2, 1\) float32.*batch_accuracy'): f(torch.tensor([[5.], [-5.]]), targs)
+
+def test_tables_are_made_where_the_predictions_are():
+    preds,targs = torch.zeros(3, 2, device='meta'),torch.tensor([0, 1, 1])
+    assert get_num_correct(preds, targs).device.type=='meta'        # a device of its own, without numbers
 
 def test_plot_shows_the_shares_of_rows():
     import matplotlib
@@ -256,6 +414,14 @@ def test_plot_shows_the_shares_of_rows():
     ax = plot_confusion_matrix(np.array([[1, 3], [0, 2]]), 'ab', normalize=True)
     assert [(o.get_position(), o.get_text()) for o in ax.texts]==[((0, 0), '0.25'), ((1, 0), '0.75'), ((1, 1), '1.00')]
     assert [o.get_text() for o in ax.get_yticklabels()]==['a', 'b'] and ax.get_ylabel()=='true'
+    counts = torch.tensor([[3, 1], [0, 0]])
+    told = {}
+    for kwargs in (dict(cm=counts), dict(cm=counts, normalize=True), dict(cm=counts/4), dict(cm=counts.double().tolist(), normalize=True)):
+        ax = plot_confusion_matrix(**kwargs)
+        told[ax.get_title()] = [o.get_text() for o in ax.texts]
+        assert ax.images[0].get_array().tolist()==[[0.75, 0.25], [0., 0.]]      # zeros are left out, an empty class does no harm
+    assert told=={'Number of images': ['3', '1'], 'Share of each true class': ['0.75', '0.25'], 'Shares': ['0.75', '0.25']}
+    assert plot_confusion_matrix(counts, title='mine').get_title()=='mine'
     for bad in torch.zeros(0, 0), torch.zeros(3), torch.zeros(2, 3):
         with pytest.raises(ValueError, match='square'): plot_confusion_matrix(bad)
     plt.close('all')
@@ -276,6 +442,8 @@ def test_all_preds_leave_the_model_as_it_was():
     ours = module.Sequential(module.Linear(4, 3))
     assert get_all_preds(ours, DataLoader(Dataset(x, y), bs=4))[0].shape==(10, 3)
     assert get_all_preds(nn.Flatten(), [(x, y)])[0].shape==(10, 4)       # without any parameter
+    there = nn.Linear(4, 3).to('meta')
+    assert {o.device.type for o in get_all_preds(there, [(x, y), (x, y)])}=={'meta'}     # wherever the model is
 
 @given(st.integers(1, 50), st.integers(2, 10), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=30)
@@ -292,8 +460,8 @@ def test_network_wants_a_batch():
 
 if __name__=='__main__':
     torch.set_num_threads(1)
-    folders = {how: Path(sys.argv[1])/how for how in ('plain', 'checkpoints', 'writes')}
+    folders = {how: Path(sys.argv[1])/how for how in ('plain', 'checkpoints', 'writes', 'watched')}
     for o in folders.values(): o.mkdir()
     print(json.dumps(dict(plain=killed_again_and_again(folders['plain'], False),
                           checkpoints=killed_again_and_again(folders['checkpoints'], True),
-                          writes=dying_writes(folders['writes']))))
+                          writes=dying_writes(folders['writes']), watched=killed_while_watched(folders['watched']))))

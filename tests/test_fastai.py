@@ -1,7 +1,7 @@
-"The helper of chapter 19 that imports torchvision: where that is whole, half there, broken, and not there at all"
-import subprocess, sys
+"Chapter 19 on other machines: torchvision whole, half there, broken, and not there at all; a GPU where fastai looks for one"
+import os, subprocess, sys
 
-import pytest
+import nbformat, pytest
 
 # What stands in torchvision/__init__.py
 WHOLE = '''
@@ -53,3 +53,22 @@ def test_other_errors_pass_and_a_whole_torchvision_is_left_alone(run):
     missing = "raise ModuleNotFoundError('no torchvision here')"
     assert run(BROKEN, missing, WHOLE)==['part is run', 'RuntimeError some other trouble', 'declared:',
         'ModuleNotFoundError no torchvision here', 'declared:', 'part is run', 'imported True True', 'declared: nms']
+
+# fastai's default device is a GPU where there is one. Here it is 'meta', whose tensors have no numbers: whatever would
+# leave the CPU fails, as it does with a GPU when a batch is there and the model is not
+ELSEWHERE = '''
+import sys, fastai.basics, fastai.torch_core as core, torch
+def default_device(use=-1):
+    if use!=-1: core.defaults.use_cuda = use
+    return torch.device('meta' if core.defaults.use_cuda is None else 'cpu')
+for m in list(sys.modules.values()):
+    if m.__name__.startswith('fastai') and hasattr(m, 'default_device'): m.default_device = default_device
+for source in sys.argv[1:]: exec(source, globals())
+print(learn.model.weight.device, default_device())
+'''
+def test_the_chapter_stays_on_the_cpu_where_its_loaders_are(root):
+    cells = [c.source for c in nbformat.read(root/'nbs'/'19_fastai.ipynb', 4).cells if c.cell_type=='code']
+    first = next(i for i,o in enumerate(cells) if 'validate_epoch(learn.model' in o)
+    done = subprocess.run([sys.executable, '-c', ELSEWHERE, *cells[:first+1]], cwd=root/'nbs', capture_output=True, text=True,
+                          env={**os.environ, 'MPLBACKEND': 'agg', 'PYTHONPATH': str(root)})
+    assert done.stdout.splitlines()[-1:]==['cpu cpu'], done.stderr[-2000:]

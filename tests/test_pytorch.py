@@ -2,7 +2,7 @@
 import importlib.util, re
 from pathlib import Path
 
-import nbformat, pytest, torch, torch.nn.functional as F
+import nbformat, numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn, optim
 from torch.utils import data as torch_data
@@ -84,6 +84,26 @@ def test_with_workers_the_same_batches_come():
     set_seed(0); helped = list(get_dls(ds, ds, 8, num_workers=2)[0])
     for a,b in zip(alone, helped, strict=True): assert all(map(torch.equal, a, b))
 
+@pytest.mark.parametrize('kwargs', [dict(sampler=[0, 1]), dict(shuffle=True), dict(batch_size=4),
+                                    dict(batch_sampler=[[0, 1]])], ids=lambda o: next(iter(o)))
+def test_what_get_dls_chooses_itself_is_refused_by_name(kwargs):
+    with pytest.raises(TypeError, match=f'get_dls: {next(iter(kwargs))} cannot be given.*make the two loaders'):
+        get_dls(points(20), points(10), 4, **kwargs)
+
+def test_drop_last_leaves_all_of_the_validation_set():
+    train,valid = get_dls(points(21), points(21, 1), 5, drop_last=True)
+    assert (sum(len(xb) for xb,_ in train), sum(len(xb) for xb,_ in valid))==(20, 21)
+
+def test_numpy_numbers_are_numbers():
+    db = DataBunch(*get_dls(points(20), points(10), np.int64(8)), c=np.int32(3))
+    assert (len(db.train), db.train.batch_size, db.valid.batch_size, db.c)==(3, 8, 16, 3)
+    model,opt = get_model(db, lr=np.float32(0.25), num_hidden_layers=np.int64(4))
+    assert type(opt.param_groups[0]['lr']) is float and model[0].out_features==4
+    fit(np.int64(1), model, F.cross_entropy, opt, db.train, db.valid, say=None)
+    for call in (lambda: get_dls(points(9), points(9), True), lambda: get_model(db, num_hidden_layers=True),
+                 lambda: fit(True, model, F.cross_entropy, opt, db.train, db.valid)):
+        with pytest.raises(ValueError, match='is True, but a whole number'): call()
+
 def test_bunch_is_a_pair_of_loaders_under_another_name():
     db = bunch()
     assert isinstance(db, DataLoaders) and (db.c, db.train_dl, db.valid_dl)==(3, db.train, db.valid)
@@ -93,7 +113,7 @@ def test_bunch_is_a_pair_of_loaders_under_another_name():
     told = DataBunch(db.train, db.valid, c=7)
     assert get_model(told, num_hidden_layers=4)[0](torch.ones(2, 6)).shape==(2, 7)
     for c in (0, -1, 2.5, '3'):
-        with pytest.raises(ValueError, match='a whole number from 1 on'): DataBunch(db.train, db.valid, c)
+        with pytest.raises(ValueError, match='DataBunch: c is .*, but a whole number'): DataBunch(db.train, db.valid, c)
 
 # ---- fit ----
 
@@ -116,6 +136,65 @@ def test_dropout_and_batchnorm_see_the_right_mode():
     loss,acc = fit(3, model, F.cross_entropy, optim.SGD(model.parameters(), 0.1), db.train, db.valid, say=None)
     assert model[1].num_batches_tracked==3*len(db.train) and not any(m.training for m in model.modules())
     near(loss, F.cross_entropy(model(db.valid_ds.x), db.valid_ds.y), eps=1e-5)
+
+@pytest.mark.parametrize('opt_func', [optim.SGD, SGD])
+def test_gradients_that_were_left_over_change_nothing(opt_func):
+    "They may come from a backward of the user's own, or from a fit that was interrupted"
+    ends = []
+    for left in (False, True):
+        set_seed(0)
+        db = bunch()
+        model = get_model(db)[0]
+        opt = opt_func(list(model.parameters()), lr=0.1)
+        if left: F.cross_entropy(model(db.train_ds.x), db.train_ds.y).backward()
+        fit(1, model, F.cross_entropy, opt, db.train, db.valid, say=None)
+        assert all(p.grad is None for p in model.parameters())      # and it leaves none
+        ends.append([p.detach() for p in model.parameters()])
+    for a,b in zip(*ends): assert torch.equal(a, b)
+
+class Slotted:
+    "An optimizer without a __dict__"
+    __slots__ = 'params','lr'
+    def __init__(self, params, lr): self.params,self.lr = list(params),lr
+    @torch.no_grad()
+    def step(self):
+        for p in self.params: p -= self.lr*p.grad
+    def zero_grad(self):
+        for p in self.params: p.grad = None
+
+class Bare(Slotted):
+    "One that does not tell what it trains"
+    __slots__ = 'hidden',
+    def __init__(self, params, lr): self.hidden,self.lr = list(params),lr
+    params = property(lambda self: ())
+    def step(self):
+        with torch.no_grad():
+            for p in self.hidden: p -= self.lr*p.grad
+    def zero_grad(self):
+        for p in self.hidden: p.grad = None
+
+@pytest.mark.parametrize('kind', [Slotted, Bare])
+def test_any_object_with_step_and_zero_grad_will_do(kind):
+    ends = []
+    for opt_func in (optim.SGD, kind):
+        set_seed(0)
+        db = bunch()
+        model = get_model(db)[0]
+        ends.append(fit(1, model, F.cross_entropy, opt_func(model.parameters(), lr=0.1), db.train, db.valid, say=None))
+    near(*ends, eps=1e-6)
+    with pytest.raises(ValueError, match='made for another model'):
+        fit(1, model, F.cross_entropy, Slotted(get_model(db)[0].parameters(), 0.1), db.train, db.valid)
+
+def test_dicts_of_inputs_count_by_their_targets():
+    "An accuracy is a mean over items, not over the parts of an input"
+    class Net(nn.Linear):
+        def forward(self, b): return super().forward(b['x'])
+    x,y = points(30)[:]
+    batches = [({'x': x[i:j], 'name': i}, y[i:j]) for i,j in ((0, 20), (20, 30))]
+    model = Net(6, 3)
+    loss,acc = fit(1, model, F.cross_entropy, optim.SGD(model.parameters(), 0.1), batches, batches, say=None)
+    with torch.no_grad(): preds = model({'x': x})
+    near((loss, acc), (F.cross_entropy(preds, y), accuracy(preds, y)), eps=1e-6)
 
 def test_it_says_one_line_per_epoch_or_nothing(capsys):
     db = bunch()

@@ -1,16 +1,17 @@
 "The speedrun's parts: pixels as they should be, orthogonalized steps against decompositions, and a recipe that learns"
 import re
 
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
-from course_lib.speedrun import MixedPrecisionCB
+from course_lib.callbacks import SetupLearnerCB
 from course_lib.core import set_seed
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
-from course_lib.learner import Callback, Learner
+from course_lib.learner import Callback, CancelFitException, Learner
 from course_lib.losses import cross_entropy
 from course_lib.module import Flatten, Linear, Sequential
-from course_lib.speedrun import (PIXEL_MEAN, PIXEL_STD, Muon, PixelsCB, bfloat16_is_fast, orthogonalize,
+from course_lib.speedrun import (PIXEL_MEAN, PIXEL_STD, MixedPrecisionCB, Muon, PixelsCB, bfloat16_is_fast, orthogonalize,
                                  speed_learner, speed_net)
 
 class KeepBatch(Callback):
@@ -54,6 +55,26 @@ def test_pixels_refuse_what_they_cannot_use():
     with pytest.raises(ValueError, match=re.escape('(2, 1, 8, 8) uint8')): seen(x[:,None], False, 8)
     with pytest.raises(ValueError, match=re.escape('no room for a middle of 9')): seen(x, False, 9)
     with pytest.raises(ValueError, match=re.escape('moves by 1')): seen(x, True, 7, shift=1)
+
+def test_pixels_take_numpys_numbers_and_nothing_else_than_counts():
+    x = torch.randint(256, (3,8,8), dtype=torch.uint8)
+    assert torch.equal(seen(x, False, np.int64(6), shift=np.int32(1)), seen(x, False, 6, shift=1))
+    for kwargs,why in [(dict(size=0), 'size is 0'), (dict(size=6.5), 'size is 6.5'), (dict(shift=-1), 'shift is -1'),
+                       (dict(size=True), 'size is True')]:
+        with pytest.raises(ValueError, match=f'PixelsCB: {why}, but a whole number'): PixelsCB(**kwargs)
+
+@pytest.mark.parametrize('first', [True, False], ids=['pixels first', 'device first'])
+def test_pixels_stay_where_the_batch_was_moved(first):
+    "With a device that is not the CPU ('meta' has no numbers, but is a device of its own), in either order"
+    class Stop(Callback):
+        def after_pred(self):
+            self.device = self.preds.device.type
+            raise CancelFitException
+    dl = DataLoader(Dataset(torch.zeros(4,28,28, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)), 4)
+    cbs = [PixelsCB(22, shift=1), SetupLearnerCB('meta'), stop := Stop()]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(22*22, 10))       # PyTorch's, since ours do not move to 'meta'
+    Learner(model, DataLoaders(dl, dl), cross_entropy, 0.1, cbs if first else cbs[::-1], Muon).fit(1, valid=False)
+    assert stop.device=='meta'
 
 @given(shape=st.sampled_from([(1,1), (1,9), (9,1), (5,5), (8,40), (40,8), (6,3,2,2), (24,16,3,3)]),
        scale=st.sampled_from([1e-4, 1., 1e4]), seed=st.integers(0, 99))
@@ -100,6 +121,22 @@ def test_muon_is_nesterov_on_the_rest():
             opt.step()
     torch.testing.assert_close(p, q)
 
+@pytest.mark.parametrize('make', [np.float32, np.float64, torch.tensor], ids=['float32', 'float64', 'tensor'])
+def test_muon_takes_numpys_numbers(make):
+    ends = []
+    for kind in (float, make):
+        set_seed(0)
+        p,q = torch.randn(4,6, requires_grad=True),torch.randn(5, requires_grad=True)
+        opt = Muon([p, q], lr=kind(0.125), mom=kind(0.5))
+        for _ in range(2):
+            for t in (p, q): t.grad = (t.detach()-1).sin()
+            opt.step()
+        opt.lr = kind(0.25)         # as a schedule does
+        opt.step()
+        ends.append([p.detach(), q.detach()])
+    for a,b in zip(*ends): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match='lr is .*nan'): Muon([p], lr=np.float64('nan'))
+
 @pytest.mark.parametrize('size,norm,nfs', [(22,True,(16,24,48)), (28,False,(16,24,48)), (9,True,(2,3)),
                                            (17,True,(2,3,4,5))])
 def test_net_scores_images_of_its_size(size, norm, nfs):
@@ -120,6 +157,15 @@ def test_recipe_learns_to_tell_stripes(mixed):
     learn.fit(3)
     assert learn.history[-1]['acc']>0.95, learn.history
     assert {p.dtype for p in learn.model.parameters()}=={torch.float32}
+
+@pytest.mark.parametrize('n', [385, 386, 768])
+def test_a_last_batch_of_one_image_does_no_harm(n):
+    "Batch normalization over one image has no variance; that image has its turn in another epoch's order"
+    ds = Dataset(torch.randint(256, (n,28,28), dtype=torch.uint8), torch.arange(n)%10)
+    learn = speed_learner(ds, ds, mixed=False)
+    learn.fit(2)
+    used = n - (n%384==1)
+    assert [row['n'] for row in learn.history]==[used, n, used, n]
 
 def test_bfloat16_only_by_itself_where_it_is_fast(monkeypatch):
     ds = Dataset(torch.zeros(4,28,28, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
