@@ -7,7 +7,7 @@ __all__ = ['imagenette_or_fashion', 'folder_label', 'val2idx', 'split_files', 'l
            'ImageDataset', 'simple_cnn', 'ResBlock', 'MaxPool', 'resnet18']
 
 # %% ../nbs/16_vision.ipynb #854b4a10
-import os
+import os, unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .datasets import FASHION_CLASSES, SOURCES, Source, cache_dir, fashion_mnist, get_data, save_images
+from .core import check_number
+from .datasets import (FASHION_CLASSES, SOURCES, Source, cache_dir, convert_image, fashion_mnist, get_data,
+                                 save_images)
 from .conv import AdaptivePool, ConvLayer
 from .module import Linear, Module, Sequential
 
@@ -32,27 +34,30 @@ SOURCES['fashion_files'] = Source('fashion_files', {}, make=_make_fashion_files,
 def imagenette_or_fashion()->tuple: # folder with train/class/ and val/class/, and a text that says what it is
     """Imagenette's photos, 160 pixels high or wide, if they are on this computer or `COURSE_IMAGENETTE` is set, which
     may fetch 100 MB; otherwise 5,000 images of Fashion-MNIST as files, in the same layout"""
-    here = [cache_dir()/'imagenette_160']
+    what,here = "Imagenette, photos at 160 pixels",[cache_dir()/'imagenette_160']
     if given := os.environ.get('COURSE_DATA'):
-        here += [Path(given).expanduser()/name for name in ('imagenette_160', 'imagenette2-160')]
+        here += [Path(os.path.expanduser(given))/name for name in ('imagenette_160', 'imagenette2-160')]
     for folder in here:
-        if (folder/'train').is_dir() and (folder/'val').is_dir(): return folder,"Imagenette, photos at 160 pixels"
-        if (folder/'imagenette2-160.tgz').exists(): return get_data('imagenette_160'),"Imagenette, photos at 160 pixels"
-    if os.environ.get('COURSE_IMAGENETTE'): return get_data('imagenette_160'),"Imagenette, photos at 160 pixels"
+        if os.path.isdir(folder/'train') and os.path.isdir(folder/'val'): return folder,what
+        if os.path.isfile(folder/'imagenette2-160.tgz'): return get_data('imagenette_160'),what
+    if os.environ.get('COURSE_IMAGENETTE'): return get_data('imagenette_160'),what
     return get_data('fashion_files'),"Fashion-MNIST as files, in Imagenette's layout"
 
 # %% ../nbs/16_vision.ipynb #5faf028f
 def folder_label(
     f:Path, # an image file
 )->str:
-    "The name of the folder that `f` is in"
-    return Path(f).parent.name
+    "The name of the folder that `f` is in; é is one letter, also where a Mac writes it as e and an accent"
+    return unicodedata.normalize('NFC', Path(f).parent.name)
 
 def val2idx(
-    vals:Iterable, # names, for instance of classes; their order counts
+    vals:Iterable, # names, for instance of classes, each of them once; their order counts
 )->dict: # name -> number
     "The number of each name: its place in `vals`"
-    return {v: i for i,v in enumerate(vals)}
+    vals = list(vals)
+    numbers = {v: i for i,v in enumerate(vals)}
+    if len(numbers)<len(vals): raise ValueError(f"val2idx: a name occurs twice in {vals}, and can have only one number")
+    return numbers
 
 # %% ../nbs/16_vision.ipynb #1038abfb
 def split_files(
@@ -76,11 +81,12 @@ def load_image(
     size:int=None, # pixels in height and width of the result; None leaves it as it is
     mode:str='RGB', # or 'L' for gray
 ): # PIL image
-    "Open an image file, convert it to `mode` and squeeze or stretch it to `size` by `size` pixels"
-    with Image.open(f) as im:
-        if size: im.draft(mode, (size,size))    # a JPEG need not be decoded larger than this
-        im = im.convert(mode)
-    return im.resize((size,size), Image.BILINEAR) if size else im
+    "The picture in an image file as a viewer shows it, squeezed or stretched to `size` by `size` pixels"
+    with open(f, 'rb') as file, Image.open(file) as im:
+        draft = im.draft(mode, (size,size)) if size else None       # a JPEG need not be decoded larger than this
+        if draft: im = im.resize((size,size), Image.BILINEAR, box=draft[1])
+        im = convert_image(im, mode)
+    return im.resize((size,size), Image.BILINEAR) if size and im.size!=(size,size) else im
 
 def image_bytes(
     im, # PIL image, gray or RGB
@@ -102,7 +108,10 @@ class ImageDataset:
         dtype:torch.dtype=torch.float32, # numbers from 0 to 1; torch.uint8 gives the bytes, a quarter of the memory
         label:Callable=folder_label, # takes a file, returns the name of its class
     ):
-        self.files = [Path(f) for f in files]
+        self.size = check_number('ImageDataset', 'size', size, least=1, whole=True)
+        if mode not in ('RGB', 'L') or not (dtype.is_floating_point or dtype==torch.uint8): raise ValueError(
+            f"ImageDataset: mode {mode!r} and {dtype}; 'RGB' or 'L' is wanted, and a type of floats or torch.uint8")
+        self.files,self.mode,self.dtype = [Path(f) for f in files],mode,dtype
         for f in self.files: str(f)     # a Path keeps its text: made here once, and not in each worker anew
         names = [label(f) for f in self.files]
         self.classes = sorted(set(names)) if classes is None else list(classes)
@@ -110,8 +119,7 @@ class ImageDataset:
         for f,name in zip(self.files, names):
             if name not in number: raise ValueError(f"ImageDataset: {f} has label {name!r}, and the classes are "
                 f"{', '.join(map(repr, self.classes))}; leave it out, or add its class")
-        self.y = torch.tensor([number[o] for o in names], dtype=torch.int64)
-        self.size,self.mode,self.dtype = size,mode,dtype
+        self.y = torch.tensor([number[o] for o in names], dtype=torch.int64, device='cpu')
 
     def __len__(self): return len(self.files)
     def __getitem__(self,
@@ -169,6 +177,7 @@ def resnet18(
     nf:int=64, # channels of the first stage; the fourth has eight times as many
 )->Module: # images (bs, n_in, h, w) -> scores (bs, n_out)
     "The residual network with 18 weighted layers ([He et al. 2015](https://arxiv.org/abs/1512.03385), table 1)"
+    nf = check_number('resnet18', 'nf', nf, least=1, whole=True)
     stem = [ConvLayer(n_in, nf, ks=7, stride=2, norm=True), MaxPool()]
     nfs = [nf, nf, nf*2, nf*4, nf*8]
     stages = [Sequential(ResBlock(nfs[i], nfs[i+1], stride=1 if i==0 else 2), ResBlock(nfs[i+1], nfs[i+1]))

@@ -3,12 +3,13 @@ import pickle
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
-from PIL import Image
+from hypothesis import example, given, settings, strategies as st
+from PIL import Image, ImageOps
 from torch import nn
 
 from course_lib import vision
 from course_lib.dataloader import BatchError, DataLoader
+from course_lib.datasets import get_image_files, stack_images
 from course_lib.vision import *
 
 def smooth(rng, h, w):
@@ -35,13 +36,81 @@ def test_every_kind_of_file_becomes_the_same_kind_of_tensor(tmp_path, mode, suff
     assert b.dtype==torch.uint8
     torch.testing.assert_close(b.float()/255, x)
 
-@settings(max_examples=25, deadline=None)
-@given(h=st.integers(40, 700), w=st.integers(40, 700), size=st.integers(8, 96), seed=st.integers(0, 99))
+some = settings(max_examples=50, deadline=None)
+def sides(least): return st.integers(least, 700)
+
+def whole(f, size):
+    "The picture decoded in full and then resized, as numbers"
+    with Image.open(f) as im: return np.asarray(im.convert('RGB').resize((size,size), Image.BILINEAR)).astype(int)
+
+@some
+@given(h=sides(40), w=sides(40), size=st.integers(8, 96), seed=st.integers(0, 99))
 def test_reduced_decoding_is_near_full_decoding(tmp_path_factory, h, w, size, seed):
+    """Both average the pixels around the same place, over windows of about `k`, the pixels that become one. Means over
+    windows of other shapes differ by half the difference of their variances, at most k²/6, times the second derivative,
+    of which f(x+k) - 2f(x) + f(x-k) is k² times an estimate: so by a twelfth of that along each axis, and by rounding."""
     f = save(tmp_path_factory.mktemp('jpg'), 'x.jpg', smooth(np.random.default_rng(seed), h, w), quality=90)
-    full = np.asarray(Image.open(f).convert('RGB').resize((size,size), Image.BILINEAR)).astype(int)
+    with Image.open(f) as im: a = np.asarray(im).astype(float)
+    bound = 1.
+    for axis,n in enumerate((h, w)):
+        k = max(1, round(n/size))
+        if n>2*k: bound += np.abs(a.take(range(2*k, n), axis) - 2*a.take(range(k, n-k), axis) + a.take(range(n-2*k), axis)).mean()/12
     ours = np.asarray(load_image(f, size)).astype(int)
-    assert ours.shape==(size,size,3) and abs(full-ours).mean()<8
+    assert ours.shape==(size,size,3) and abs(whole(f, size)-ours).mean()<bound
+
+@some
+@example(h=64, w=89, size=8, across=True)       # eleven blocks and one column: 16 off if the column counts as a block
+@given(h=sides(32), w=sides(32), size=st.integers(4, 96), across=st.booleans())
+def test_reduced_decoding_does_not_stretch(tmp_path_factory, h, w, size, across):
+    """A ramp has no second derivative: whatever the windows are, the means agree, if they are means around the same places.
+    Only the outermost windows end at the border, by which the mean of a triangle moves inward by a tenth of its height."""
+    ramp = np.linspace(0, 255, w if across else h).round().astype(np.uint8)
+    ramp = np.broadcast_to(ramp[None,:,None] if across else ramp[:,None,None], (h,w,3))
+    f = save(tmp_path_factory.mktemp('jpg'), 'x.jpg', ramp, quality=95)
+    gap = abs(whole(f, size) - np.asarray(load_image(f, size)))
+    assert gap[1:-1,1:-1].max()<=4 and gap.max()<=4 + 0.1*255/size      # 4 is what JPEG rounds away
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_reduced_decoding_respects_orientation(tmp_path, orientation, mode):
+    a = smooth(np.random.default_rng(1), 333, 517)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path, 'x.jpg', a, mode, quality=95, exif=exif)
+    with Image.open(tmp_path/'x.jpg') as im: upright = ImageOps.exif_transpose(im).convert('RGB')
+    assert load_image(tmp_path/'x.jpg').size==upright.size==((517,333) if orientation<5 else (333,517))
+    assert np.array_equal(load_image(tmp_path/'x.jpg'), upright)
+    want = np.asarray(upright.resize((40,40), Image.BILINEAR)).astype(int)
+    assert abs(np.asarray(load_image(tmp_path/'x.jpg', 40)) - want).max()<12
+    turned = [abs(np.rot90(want, k) - want).mean() for k in (1,2,3)] + [abs(want[::-1] - want).mean(), abs(want[:,::-1] - want).mean()]
+    assert min(turned)>20       # or it could not be told
+
+def odd_files(folder):
+    "The same picture in many kinds of files"
+    gray = smooth(np.random.default_rng(0), 24, 24)[...,0].copy()
+    im,exif = Image.fromarray(gray),Image.Exif()
+    exif[0x0112] = 6
+    folder.mkdir(exist_ok=True)
+    for name,o,kw in [('L.png', im, {}), ('RGB.bmp', im.convert('RGB'), {}), ('P.png', im.quantize(256), {}), ('P.gif', im, {}),
+            ('RGBA.png', im.convert('RGBA'), {}), ('LA.png', im.convert('LA'), {}), ('L.tif', im, {}), ('L.webp', im.convert('RGB'), dict(lossless=True)),
+            ('16.png', Image.fromarray(gray.astype(np.uint16)*257), {}), ('16.tif', Image.fromarray(gray.astype(np.uint16)*257), {}),
+            ('exif.png', im.rotate(90), dict(exif=exif)), ('exif.tif', im.rotate(90), dict(exif=exif))]: o.save(folder/name, **kw)
+    return gray,get_image_files(folder)
+
+def test_every_reader_sees_the_same_picture(tmp_path):
+    "One place opens images: stack_images, load_image and ImageDataset agree on every kind of file"
+    gray,files = odd_files(tmp_path/'a')
+    assert len(files)==12
+    want = torch.from_numpy(gray)/255
+    torch.testing.assert_close(stack_images(files), want.expand(12,-1,-1), atol=0, rtol=0)
+    for mode in ('L', 'RGB'):
+        for f in files: assert np.array_equal(np.asarray(load_image(f, mode=mode)), gray if mode=='L' else gray[...,None].repeat(3, 2)), f
+        for x,_ in ImageDataset(files, size=24, mode=mode): torch.testing.assert_close(x, want.expand(x.shape[0],-1,-1), atol=1e-7, rtol=0)
+
+def test_32_bits_are_refused_by_name(tmp_path):
+    (tmp_path/'a').mkdir()
+    Image.fromarray(np.zeros((4,4), np.float32)).save(tmp_path/'a'/'x.tif')
+    with pytest.raises(ImageError, match=r'x\.tif cannot be read.*32 bits'): ImageDataset([tmp_path/'a'/'x.tif'])[0]
 
 def test_pixels_keep_their_places_and_channels(tmp_path):
     a = np.random.default_rng(0).integers(0, 256, (16,16,3), dtype=np.uint8)
@@ -60,6 +129,46 @@ def test_labels_and_classes(tmp_path):
     with pytest.raises(ValueError, match="label 'b', and the classes are 'a'"): ImageDataset(train, ['a'])
     with pytest.raises(ValueError, match="of 'x', but train, val, valid are known"): split_files(['x/a/1.png'])
     assert split_files(['x/a/1.png'], train='x')==([Path('x/a/1.png')], [])
+
+def test_accents_are_one_letter():
+    "macOS writes é as e and an accent; a file system keeps what it was given"
+    train,valid = [Path('train/\u00e9/1.png'), Path('train/f/1.png')],[Path('valid/e\u0301/1.png')]
+    ds = ImageDataset(train)
+    assert ds.classes==['f', '\u00e9'] and ImageDataset(valid, ds.classes).y.tolist()==[1]
+    assert ImageDataset(train + valid).classes==ds.classes
+
+def test_classes_twice_are_refused():
+    with pytest.raises(ValueError, match='occurs twice'): ImageDataset([Path('a/1.png')], ['a', 'b', 'a'])
+
+@pytest.mark.parametrize('number', [np.int64, np.uint8, np.float64, float, torch.tensor])
+def test_numbers_of_any_make(tmp_path, number):
+    files = [save(tmp_path/'a', f'{i}.jpg', smooth(np.random.default_rng(i), 50, 70)) for i in range(3)]
+    want = ImageDataset(files, size=16)[2]
+    if number in (np.float64, float):
+        with pytest.raises(ValueError, match='size is .*16.0.*, but a whole number'): ImageDataset(files, size=number(16))
+        return
+    x,y = ImageDataset(files, size=number(16))[number(2)]
+    assert torch.equal(x, want[0]) and y==want[1]
+    assert resnet18(number(3), number(10), nf=number(32))(torch.zeros(2,3,32,32)).shape==(2,10)     # 8*32 is no uint8
+    assert simple_cnn(number(3), number(10))(torch.zeros(2,3,32,32)).shape==(2,10)
+
+@pytest.mark.parametrize('bad', [dict(size=0), dict(size=-1), dict(size=True), dict(size='64'), dict(size=None), dict(mode='rgb'), dict(mode='RGBA'), dict(mode=None),
+                                 dict(dtype=torch.int64), dict(dtype=torch.bool)], ids=str)
+def test_what_makes_no_dataset_is_refused_at_once(bad):
+    with pytest.raises(ValueError, match='ImageDataset: .*wanted'): ImageDataset([Path('a/1.png')], **bad)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_of_floats(tmp_path, dtype):
+    f = save(tmp_path/'a', 'x.png', smooth(np.random.default_rng(0), 20, 20))
+    x,want = ImageDataset([f], dtype=dtype)[0][0],ImageDataset([f])[0][0]
+    assert x.dtype==dtype and (x.float() - want).abs().max()<0.01
+
+def test_labels_stay_on_the_cpu():
+    "Also where somebody has made another device the default"
+    torch.set_default_device('meta')
+    try: ds = ImageDataset([Path('a/1.png')])
+    finally: torch.set_default_device(None)
+    assert ds.y.device.type=='cpu' and ds.y.tolist()==[0]
 
 # ---- broken files and workers
 
