@@ -6,18 +6,20 @@
 __all__ = ['Dataset', 'collate', 'BatchError', 'DataLoader', 'DataLoaders', 'Normalize']
 
 # %% ../nbs/02_dataloader.ipynb #1526a17b
-import io, os, pickle, random, signal, sys, threading, traceback, weakref
-from collections import deque
-from collections.abc import Mapping
-from contextlib import contextmanager, suppress
-from itertools import islice
-from numbers import Integral, Number
-from queue import SimpleQueue
+import copy, inspect, os, pickle, random, signal, sys, threading, traceback, weakref
+from collections.abc import Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from numbers import Number
 
 import numpy as np, torch
 import torch.multiprocessing as mp
 from fastcore.basics import patch
 from torch import Tensor
+from torch.utils import data as torch_data
+
+from .core import check_number
 
 # %% ../nbs/02_dataloader.ipynb #3930a747
 def _kind(a):
@@ -33,7 +35,7 @@ class Dataset:
     ):
         if len(x)!=len(y):
             raise ValueError(f"Dataset: {len(x)} inputs but {len(y)} targets; each input needs its own target")
-        self.x,self.y = x,y
+        self.x,self.y = (o.to_numpy() if hasattr(o, 'iloc') else o for o in (x,y))  # pandas' [i] goes by label
     def __len__(self): return len(self.x)
     def __getitem__(self,
         i, # the number of an item; where x and y are tensors, also a slice or a tensor of numbers
@@ -45,28 +47,35 @@ class Dataset:
 def _stack(items):
     "Tensors of one shape as one tensor"
     shapes = sorted({tuple(o.shape) for o in items})
-    if len(shapes)==1: return torch.stack(items)
-    raise ValueError(f"collate: these {len(items)} tensors have different shapes, {', '.join(map(str, shapes[:4]))}"
-                     f"{', …' if len(shapes)>4 else ''}; crop, resize or pad them to one shape in the dataset")
+    if len(shapes)>1:
+        raise ValueError(f"collate: these {len(items)} tensors have different shapes, {', '.join(map(str, shapes[:4]))}"
+                         f"{', …' if len(shapes)>4 else ''}; crop, resize or pad them to one shape in the dataset")
+    if len({o.dtype for o in items})>1: return torch.stack(items)
+    return torch_data.default_collate(items)        # the same; in a worker (see below), without copying once more
 
 def collate(
     items:list, # what the dataset returned for each number; all of the same structure
 ): # the same structure, with a batch in place of each part
     "Make one batch of many items: tensors, arrays and numbers become tensors with a new first axis, texts a list"
     first = items[0]
-    kinds = {type(o).__name__ for o in items}
-    if len(kinds)>1 and not all(isinstance(o, Number) for o in items):
-        raise TypeError(f"collate: items of different types, {', '.join(sorted(kinds))}; they must be alike")
-    if isinstance(first, Tensor): return _stack(items)
-    if isinstance(first, np.ndarray): return _stack([torch.as_tensor(o) for o in items])
-    if isinstance(first, (Number,np.generic)): return torch.tensor(items)
-    if isinstance(first, (str,bytes)): return list(items)
-    if isinstance(first, Mapping): return {k: collate([o[k] for o in items]) for k in first}
-    if isinstance(first, (tuple,list)):
+    def all_are(*kinds): return all(isinstance(o, kinds) for o in items)
+    if all_are(Tensor): return _stack(items)
+    if all_are(np.ndarray): return _stack([torch.from_numpy(np.require(o, requirements='CW')) for o in items])
+    if all_are(str, bytes): return list(items)
+    if all_are(Number, np.generic): return torch.tensor(items)
+    if all_are(Mapping):
+        if odd := set().union(*items) - set(first).intersection(*items):
+            raise ValueError(f"collate: items have different keys; not all have {', '.join(sorted(map(repr, odd))[:4])}")
+        batch = copy.copy(first) if isinstance(first, MutableMapping) else {}       # an OrderedDict stays one
+        batch.update({k: collate([o[k] for o in items]) for k in first})
+        return batch
+    if all_are(tuple, list):
         if len({len(o) for o in items})>1: raise ValueError("collate: items have different numbers of parts, "
             f"{sorted({len(o) for o in items})}; texts and tensors of any length need a collate function of your own")
-        return getattr(first, '_make', type(first))(collate(list(o)) for o in zip(*items))     # _make: a namedtuple's
-    raise TypeError(f"collate: no rule for {type(first).__name__}; turn it into a tensor in the dataset, "
+        make = getattr(first, '_make', tuple if isinstance(first, tuple) else list)         # _make: a namedtuple's
+        return make(collate(list(o)) for o in zip(*items))
+    kinds = ', '.join(sorted({type(o).__name__ for o in items}))
+    raise TypeError(f"collate: no rule for a batch of {kinds}; items must be alike. Turn them into tensors in the dataset, "
                     "or give the DataLoader a collate function of your own")
 
 # %% ../nbs/02_dataloader.ipynb #bd8a79cb
@@ -110,30 +119,23 @@ def _fetch(ds, idxs, collate_func):
 
 # %% ../nbs/02_dataloader.ipynb #3a4304b3
 def _seed_generators(seed):
-    "Seed the generators of Python, NumPy and PyTorch (on the CPU)"
+    "Seed the random number generators of Python, NumPy and PyTorch (on the CPU)"
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
 
 @contextmanager
-def _luck(seed):
-    "Run a block with generators seeded by `seed`, and put them back; with None, leave them alone"
-    if seed is None: yield
-    else:
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        _seed_generators(seed)
-        try: yield
-        finally:
-            for f,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before): f(state)
+def _seeded(seed):
+    "Run a block with the three seeded, then put them back as they were; with None, only put them back"
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    if seed is not None: _seed_generators(seed)
+    try: yield
+    finally:
+        for f,state in zip((random.setstate, np.random.set_state, torch.set_rng_state), before): f(state)
 
 # %% ../nbs/02_dataloader.ipynb #e1af6f56
-def _check(name, value, least):
-    "Refuse anything but a whole number of at least `least`"
-    if isinstance(value, Integral) and value>=least: return
-    raise ValueError(f"DataLoader: {name} is {value!r}, but a whole number of at least {least} is wanted")
-
 class DataLoader:
-    "Batches of a dataset; each loop over it is one epoch"
+    "Batches of a dataset; each loop over it is one epoch, and there is one loop at a time"
     def __init__(self,
         ds, # dataset: has a length and numbered items; a `Dataset`, a list of pairs, PyTorch's datasets
         bs:int=64, # batch size, in items
@@ -143,63 +145,136 @@ class DataLoader:
         drop_last:bool=False, # leave out the last batch if it is smaller?
         seed:int=None, # order and random augmentations depend on it and on `epoch` only; None: on torch's generator
     ):
-        if not (hasattr(ds, '__len__') and hasattr(ds, '__getitem__')):
-            raise TypeError(f"DataLoader: a dataset needs a length and numbered items, and {type(ds).__name__} "
-                            "lacks them; make it a list first, such as list(zip(x, y))")
-        _check('bs', bs, 1)
-        _check('n_workers', n_workers, 0)
-        if seed is not None: _check('seed', seed, 0)
         self.ds,self.bs,self.shuffle,self.n_workers = ds,bs,shuffle,n_workers
         self.collate,self.drop_last,self.seed = collate,drop_last,seed
-        self.epoch,self._workers = 0,None
+        self.epoch = 0      # the number of epochs begun
+        self._engine,self._loop,self._state,self._loaded = None,None,None,None
+        self._settings()
 
-    def __len__(self): return len(self.ds)//self.bs if self.drop_last else -(-len(self.ds)//self.bs)
-    def __getstate__(self): return self.__dict__ | {'_workers': None}     # a copy starts workers of its own
+    def __len__(self): return _n_batches(vars(self) | {'n': len(self.ds)})
+    def __getstate__(self): return self.__dict__ | {'_engine': None, '_loop': None}     # a copy has workers of its own
     def __repr__(self):
-        how = ['shuffled']*bool(self.shuffle) + [f'seed {self.seed}']*(self.seed is not None)
-        how += [f"{self.n_workers} worker{'s'*(self.n_workers>1)}"]*bool(self.n_workers)
+        how = [f'{len(self):,} batches of {self.bs}'] + ['shuffled']*bool(self.shuffle)
+        how += [f'seed {self.seed}']*(self.seed is not None) + [f'{self.n_workers} workers']*bool(self.n_workers)
         what = self.ds if isinstance(self.ds, Dataset) else f'{type(self.ds).__name__} of {len(self.ds):,} items'
-        return f"DataLoader of {', '.join([f'{len(self):,} batches of {self.bs}', *how])}: {what}"
+        return f"DataLoader of {', '.join(how)}: {what}"
+
+# %% ../nbs/02_dataloader.ipynb #cda388fe
+def _n_batches(s): return s['n']//s['bs'] if s['drop_last'] else -(-s['n']//s['bs'])
+
+@patch
+def _settings(self:DataLoader):
+    "What decides which items are in which batch: checked, as plain numbers"
+    if hasattr(self.ds, 'iloc') or not (hasattr(self.ds, '__len__') and hasattr(self.ds, '__getitem__')):
+        raise TypeError(f"DataLoader: a dataset needs a length and items numbered by their places, and "
+                        f"{type(self.ds).__name__} lacks them; take Dataset(x, y), or a list such as list(zip(x, y))")
+    whole = partial(check_number, 'DataLoader', whole=True)
+    self.n_workers,self.epoch = whole('n_workers', self.n_workers, least=0), whole('epoch', self.epoch, least=0)
+    return dict(n=len(self.ds), bs=whole('bs', self.bs, least=1), shuffle=bool(self.shuffle),
+                drop_last=bool(self.drop_last), seed=None if self.seed is None else whole('seed', self.seed, least=0))
+
+@patch
+def _standing(self:DataLoader):
+    "The state between two loops: position 0, or a state that was loaded (see below)"
+    settings,s = self._settings(),self._loaded
+    if s and (s['epoch'],s['n'])==(self.epoch,settings['n']): return dict(s)
+    return dict(epoch=self.epoch, position=0, draw=None, **settings)
 
 # %% ../nbs/02_dataloader.ipynb #26351a08
+_one_begins = threading.RLock()     # of two threads, one is the first to begin a loop
+
 @patch
 def __iter__(self:DataLoader): # iterator over the batches
-    "Begin a new epoch: `epoch` counts those begun"
-    seed = self._epoch_seed()
-    n = min(len(self)*self.bs, len(self.ds))
-    if not n: return iter(())
-    if _is_tensors(self.ds, self.collate) and not self.n_workers: return self._tensor_batches(n, seed)
-    order = _shuffled(len(self.ds), seed)[:n] if self.shuffle else torch.arange(n, device='cpu')
-    seeded = self.n_workers or self.seed is not None
-    jobs = ((_mix(seed, k) if seeded else None, idxs.tolist()) for k,idxs in enumerate(order.split(self.bs)))
-    return self._batches_by_workers(jobs) if self.n_workers else self._batches(jobs)
+    "Begin a new epoch, or go on with one that was loaded; `epoch` counts those begun"
+    with _one_begins:
+        if self._under_way(): raise RuntimeError(
+            f"DataLoader: a loop over this loader is under way, {self._state['position']} of {len(self)} batches were "
+            "handed out; end it first (or delete its iterator), or make a second loader for the second loop")
+        s = self._coming()
+        loop = self._counted(self._made(s), s)
+        self.epoch,self._state,self._loaded,self._loop = s['epoch'],s,None,weakref.ref(loop)
+    return loop
 
 @patch
-def _epoch_seed(self:DataLoader):
-    "The seed of a new epoch; None if nothing is left to luck"
-    self.epoch += 1
-    if self.seed is not None: return _mix(self.seed, self.epoch-1)
-    if not self.shuffle and not self.n_workers: return None
-    return torch.randint(2**32, (), generator=torch.default_generator, device='cpu').item()
-
-# %% ../nbs/02_dataloader.ipynb #651e0897
-@patch
-def _tensor_batches(self:DataLoader, n, seed):
-    "Whole batches of tensors: slices, or picked by number"
-    x,y = self.ds.x,self.ds.y
-    if not self.shuffle: return ((x[i:i+self.bs], y[i:i+self.bs]) for i in range(0, n, self.bs))
-    order = _shuffled(len(self.ds), seed)[:n]
-    def picked(t):
-        some = self.bs * max(1, 2**20//max(1, t[:1].nbytes*self.bs))    # whole batches, about a MB of them
-        for idxs in order.to(t.device).split(some): yield from t.index_select(0, idxs).split(self.bs)
-    return zip(picked(x), picked(y))
+def _coming(self:DataLoader):
+    "The state in which the next loop begins"
+    s = self._standing()
+    s['epoch'] += not s['position']
+    if s['seed'] is None and s['draw'] is None and (s['shuffle'] or self.n_workers):
+        s['draw'] = torch.randint(2**32, (), generator=torch.default_generator, device='cpu').item()
+    return s
 
 @patch
-def _batches(self:DataLoader, jobs):
+def _made(self:DataLoader, s, here=False):
+    "The batches that an epoch in state `s` has left; with `here`, not made by workers"
+    seed = s['draw'] if s['seed'] is None else _mix(s['seed'], s['epoch']-1)
+    order = _shuffled(s['n'], seed) if s['shuffle'] else None
+    bs,start,end = s['bs'], s['bs']*s['position'], min(s['bs']*_n_batches(s), s['n'])
+    here,seeded = here or not self.n_workers, self.n_workers or s['seed'] is not None
+    if here and _is_tensors(self.ds, self.collate):
+        return zip(*(_tensor_batches(t, bs, order, start, end) for t in (self.ds.x, self.ds.y)))
+    if order is None: order = torch.arange(s['n'], device='cpu')
+    parts = order[start:end].split(bs) if start<end else ()
+    jobs = ((_mix(seed, k) if seeded else None, idxs.tolist()) for k,idxs in enumerate(parts, s['position']))
+    return _batches(self.ds, self.collate, jobs) if here else self._batches_by_workers(jobs)
+
+# %% ../nbs/02_dataloader.ipynb #e3504476
+def _tensor_batches(t, bs, order, start, end):
+    "Batches of the tensor `t`: slices of it, or picked in `order`"
+    some = bs * (32 if order is None else max(1, 2**20//max(1, t[:1].nbytes*bs)))       # whole batches, about a MB of them
+    if order is not None: order = order.to(t.device)
+    for i in range(start, end, some):
+        j = min(i+some, end)
+        yield from (t[i:j] if order is None else t.index_select(0, order[i:j])).split(bs)
+
+def _batches(ds, collate_func, jobs):
     "Batches made here, from items"
     for seed,idxs in jobs:
-        with _luck(seed): batch = _fetch(self.ds, idxs, self.collate)
+        with nullcontext() if seed is None else _seeded(seed): batch = _fetch(ds, idxs, collate_func)
         yield batch
+
+@patch
+def _counted(self:DataLoader, batches, s):
+    "Hand out the batches, and count them in the state `s`"
+    for s['position'],batch in enumerate(batches, s['position']+1): yield batch
+
+@patch
+def _under_way(self:DataLoader):
+    "Is there a loop over this loader that has not come to its end?"
+    loop = self._loop and self._loop()
+    return loop is not None and inspect.getgeneratorstate(loop)!=inspect.GEN_CLOSED
+
+# %% ../nbs/02_dataloader.ipynb #05f1cc50
+@patch
+def one_batch(self:DataLoader): # a batch
+    "The batch that the next loop will begin with, made here; no epoch is begun, and no generator moves on"
+    with _seeded(None):
+        for batch in self._made(self._coming(), here=True): return batch
+    raise ValueError(f"one_batch: there is none in {self}")
+
+# %% ../nbs/02_dataloader.ipynb #22fe1942
+@patch
+def state_dict(self:DataLoader)->dict: # epochs begun, batches handed out of this one, the seed drawn for it, settings
+    "Where the loop that is under way stands; if there is none, `position` is 0 and the next loop is a new epoch"
+    if not self._under_way(): return self._standing()
+    return self._state | {'epoch': self._state['epoch'] - (not self._state['position'])}
+
+
+@patch
+def load_state_dict(self:DataLoader,
+    state:dict, # what `state_dict` of a loader with the same settings returned; the number of workers may differ
+):
+    "Go on from `state` in the next loop; if it does not fit, a ValueError names each difference, and nothing changes"
+    if self._under_way(): raise RuntimeError("load_state_dict: a loop over this loader is under way; end it first")
+    here,whole = self._standing(),partial(check_number, 'load_state_dict', whole=True)
+    wrong = [f'{k} is missing' for k in here if k not in state] + [f'{k} is unknown' for k in state if k not in here]
+    wrong += [f'{k} was {state[k]!r} and is {v!r} here' for k,v in self._settings().items() if state.get(k, v)!=v]
+    if wrong: raise ValueError(f"load_state_dict: the state does not fit this loader: {', '.join(wrong)}")
+    here['position'] = whole('position', state['position'], least=0, below=len(self)+1)
+    here['epoch'] = whole('epoch', state['epoch'], least=int(here['position']>0))
+    here['draw'] = state['draw'] if state['draw'] is None else whole('draw', state['draw'], least=0, below=2**32)
+    if here['position']==len(self): here.update(position=0, draw=None)      # that epoch is complete
+    self.epoch,self._loaded = here['epoch'],here
 
 # %% ../nbs/02_dataloader.ipynb #1300cfcc
 class DataLoaders:
@@ -223,18 +298,9 @@ class DataLoaders:
         train = DataLoader(train_ds, bs, True, n_workers, collate, drop_last, seed)
         return cls(train, DataLoader(valid_ds, bs*2, False, n_workers, collate, False, seed))
 
-    @property
-    def train_ds(self):
-        "The dataset to learn from"
-        return _dataset(self.train)
-    @property
-    def valid_ds(self):
-        "The dataset to be judged by"
-        return _dataset(self.valid)
-    @property
-    def c(self):
-        "The number of classes"
-        return _n_classes(self.train_ds)
+    train_ds = property(lambda self: _dataset(self.train), doc="The dataset to learn from")
+    valid_ds = property(lambda self: _dataset(self.valid), doc="The dataset to be judged by")
+    c = property(lambda self: _n_classes(self.train_ds), doc="The number of classes")
     def __repr__(self): return f'train: {self.train}\nvalid: {self.valid}'
 
 # %% ../nbs/02_dataloader.ipynb #09f13f68
@@ -248,15 +314,18 @@ def _n_classes(ds):
     "How many classes a dataset has: it says so, or its largest target tells"
     if hasattr(ds, 'c'): return ds.c
     if hasattr(ds, 'classes'): return len(ds.classes)
+    if isinstance(ds, torch_data.Subset): return _n_classes(ds.dataset)
     y = getattr(ds, 'y', None)
-    if isinstance(y, Tensor) and len(y) and not y.is_floating_point(): return int(y.max())+1
+    try: targs = y if isinstance(y, Tensor) else torch.as_tensor(np.array(y))
+    except (TypeError, ValueError): targs = torch.empty(0)      # texts, None, lists of different lengths
+    if targs.numel() and not (targs.is_floating_point() or targs.is_complex()): return int(targs.max())+1
     raise TypeError(f"DataLoaders: cannot tell the number of classes from targets that are {_kind(y)}; whole numbers "
-                    "in a tensor are needed, or an attribute `c` or `classes` of the dataset")
+                    "are needed, or an attribute `c` or `classes` of the dataset")
 
 # %% ../nbs/02_dataloader.ipynb #4b70eb72
 def _statistic(a):
     "A number, or one for each channel as (c, 1, 1)"
-    t = torch.as_tensor(a, dtype=torch.float32).detach().cpu()
+    t = torch.as_tensor(a if isinstance(a, Tensor) else np.array(a), dtype=torch.float32).detach().cpu()
     return t[:,None,None] if t.ndim==1 else t
 
 class Normalize:
@@ -272,7 +341,7 @@ class Normalize:
             raise ValueError(f"Normalize: the standard deviation is {self.std.flatten().tolist()}, and one can only "
                              "divide by positive numbers. 0: all values are the same; leave that channel out, or give "
                              "its std as 1. nan: the batch has a nan or an infinity in it.")
-        self._moved = {}
+        self._moved = {}        # mean and std on other devices: moving them takes time, so it is done once
 
     @classmethod
     def fit(cls,
@@ -283,7 +352,6 @@ class Normalize:
         std,mean = torch.std_mean(xb if xb.is_floating_point() else xb.float(), dims, correction=0)
         return cls(mean, std)
 
-# %% ../nbs/02_dataloader.ipynb #0d957106
 @patch
 def _for(self:Normalize, xb):
     "Mean and standard deviation where `xb` is, in its precision"
@@ -315,202 +383,96 @@ def __repr__(self:Normalize):
     mean,std = ([float(f'{o:.4g}') for o in t.flatten()] for t in (self.mean, self.std))
     return f'Normalize(mean={mean}, std={std})'
 
-# %% ../nbs/02_dataloader.ipynb #527cefac
-def _from_bytes(a, dtype, shape): return torch.from_numpy(a).view(dtype).reshape(shape)
+# %% ../nbs/02_dataloader.ipynb #2caf053a
+class _Batches:
+    "A dataset for PyTorch's loader: its items are whole batches, and their numbers are jobs"
+    def __init__(self, ds, collate_func): self.ds,self.collate_func = ds,collate_func
+    def __getitem__(self, job):
+        _seed_generators(job[0])
+        try: return _Sent(_fetch(self.ds, job[1], self.collate_func))
+        except Exception as e:
+            if not isinstance(e, BatchError):
+                e = BatchError(f"DataLoader: the batch of items {_few(job[1])} cannot be sent by a worker: "
+                               f"{type(e).__name__}: {e}")
+            e.add_note(f'In the worker:\n{traceback.format_exc()}')
+            return _Sent(e)
 
-class _Pickler(pickle.Pickler):
-    "Pickles tensors as NumPy arrays of bytes, which pickle can hand over instead of writing them down"
-    def reducer_override(self, o):
-        if type(o) is not Tensor or o.device.type!='cpu' or o.layout!=torch.strided or not o.numel():
-            return NotImplemented
-        return _from_bytes, (o.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), o.dtype, o.shape)
+class _Jobs:
+    "A sampler for PyTorch's loader: the jobs of this epoch"
+    def __iter__(self): return iter(self.jobs)
 
-def _pickled(batch):
-    "`batch` as a note (its structure, as bytes) and its parts (arrays of bytes)"
-    note,parts = io.BytesIO(),[]
-    _Pickler(note, protocol=5, buffer_callback=parts.append).dump(batch)
-    return note.getvalue(), [np.frombuffer(o.raw(), dtype=np.uint8) for o in parts]
-
-def _unpickled(note, parts, memory):
-    "The batch; its parts are bytes, or places in `memory`, from which they are copied"
-    return pickle.loads(note, buffers=[bytearray(o) if isinstance(o, bytes) else memory.numpy()[slice(*o)].copy()
-                                       for o in parts])
-
-# %% ../nbs/02_dataloader.ipynb #44ef2b49
-def _messages(note, parts, slot, memory):
-    "What a worker sends to deliver a batch, by way of `memory[slot]` if it fits in there"
-    ends = np.cumsum([0] + [-(-len(o)//64)*64 for o in parts]).tolist()     # each begins at a multiple of 64
-    places = [(start, start+len(o)) for start,o in zip(ends, parts)]
-    if ends[-1] <= len(memory.get(slot, ())):
-        for (start,end),o in zip(places, parts): memory[slot].numpy()[start:end] = o
-        return [('batch', note, places, False)]
-    memory[slot] = torch.empty(ends[-1]*5//4, dtype=torch.uint8, device='cpu').share_memory_()
-    return [('batch', note, [o.tobytes() for o in parts], True), memory[slot]]
-
-# %% ../nbs/02_dataloader.ipynb #27e6ee5e
-_pipes = weakref.WeakSet()      # the loaders' ends of all pipes
-
-def _listen(pipe, jobs):
-    "Put what comes through `pipe` into the queue `jobs`; when there is nobody at the other end, end the process"
-    while True:
-        try: job = pipe.recv()
-        except (EOFError, OSError): job = None
-        if job is None: os._exit(0)
-        jobs.put(job)
-
-def _work(ds, collate_func, pipe):
-    "The life of a worker: make a batch for each job that comes through `pipe`"
-    for o in _pipes: o.close()      # a forked process gets copies of them, and would keep them open
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)        # each worker is one pair of hands
-    jobs,memory = SimpleQueue(),{}
-    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
-    while True:
-        slot,seed,idxs = jobs.get()
-        _seed_generators(seed)
-        try: messages = _messages(*_pickled(_fetch(ds, idxs, collate_func)), slot, memory)
-        except Exception as e: messages = [('error', *_told(e, idxs))]
-        if sys.stdout: sys.stdout.flush()
-        try:
-            for o in messages: pipe.send(o)
-        except (BrokenPipeError, ConnectionResetError): os._exit(0)
-
-# %% ../nbs/02_dataloader.ipynb #a07085bf
-def _told(e, idxs):
-    "The message and the traceback of an exception: both are text, and so can be sent whatever it was"
-    message = str(e) if isinstance(e, BatchError) else \
-        f"DataLoader: the batch of items {_few(idxs)} cannot be sent by a worker: {type(e).__name__}: {e}"
-    return message, ''.join(traceback.format_exception(e.__cause__ or e))
-
-# %% ../nbs/02_dataloader.ipynb #bd688bb7
-def _context():
-    "How to start processes: as the user chose; else by fork on Linux, so that a notebook's own classes work"
-    return mp.get_context(mp.get_start_method(allow_none=True) or ('fork' if sys.platform=='linux' else None))
-
-def _end(owner, processes, pipes):
-    "End the workers, if this is the process that started them"
-    if os.getpid()!=owner: return
-    for o in pipes:
-        with suppress(OSError): o.send(None)        # it may have ended already
-        o.close()
-    for o in processes:
-        o.join(2)
-        if o.is_alive(): o.kill(); o.join()
-
-class _TracebackOfWorker(Exception):
-    "Shown as the cause of an error that a worker sent"
-    def __init__(self, text): super().__init__(f'\n\n{text}')
-
-# %% ../nbs/02_dataloader.ipynb #1d32808d
-class _Workers:
-    "`n` processes that make batches of `ds`; they end when this object does"
-    def __init__(self, n, ds, collate_func):
-        self.processes,self.pipes = [],[]
-        self.waiting = [deque() for _ in range(n)]      # per worker, its jobs: (box for the batch, slot, numbers)
-        self.free = [[] for _ in range(n)]              # per worker, slots that were used and are not in use
-        self.memory = [{} for _ in range(n)]            # per worker, the memory of each slot
-        self.heard = set()                              # workers that have answered
-        self.end = weakref.finalize(self, _end, os.getpid(), self.processes, self.pipes)
-        context = _context()
-        self.method = context.get_start_method()
-        for i in range(n):
-            ours,theirs = context.Pipe()
-            _pipes.add(ours)
-            process = context.Process(target=_work, args=(ds, collate_func, theirs), name=f'worker {i}', daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process); self.pipes.append(ours)
-
+class _Engine(torch_data.DataLoader):
+    "PyTorch's loader: its workers make our batches, and live as long as it does"
+    def __init__(self, ds, collate_func, n_workers):
+        super().__init__(_Batches(ds, collate_func), batch_size=None, sampler=_Jobs(), num_workers=n_workers,
+                         persistent_workers=True, worker_init_fn=_begin_work, multiprocessing_context=_how_to_start(),
+                         generator=torch.Generator(torch.get_default_device()))     # else it draws from the global one
     def run(self, jobs):
-        "The batches of `jobs`, pairs of seed and numbers, in order; each worker has at most two jobs at a time"
-        jobs,asked,n = enumerate(jobs),deque(),len(self.processes)
-        def ask():
-            for k,(seed,idxs) in islice(jobs, 1): asked.append((k%n, self._ask(k%n, seed, idxs)))
-        for _ in range(2*n): ask()
-        while asked:
-            batch = self._take(*asked.popleft())
-            ask()
+        "The batches of `jobs`, in order"
+        self.sampler.jobs = jobs
+        for batch in self:
+            if isinstance(batch, BatchError): raise batch
             yield batch
 
-# %% ../nbs/02_dataloader.ipynb #c4e6cc72
 @patch
-@contextmanager
-def _talk(self:_Workers):
-    "Run a block that talks to a worker; if it does not end well, end all workers"
-    if not self.end.alive: raise BatchError("DataLoader: the workers of this epoch have been ended; begin a new epoch")
-    try: yield
-    except BaseException:
+def _batches_by_workers(self:DataLoader, jobs):
+    "Batches made by workers, which end with the loader; another dataset, `collate` or number of them means new ones"
+    made_of = id(self.ds),id(self.collate),self.n_workers,os.getpid()
+    if self._engine is None or self._engine.made_of!=made_of:
+        if self._engine is not None: self._engine.close()
+        self._engine = _Engine(self.ds, self.collate, self.n_workers)
+        self._engine.made_of,self._engine.close = made_of,weakref.finalize(self, self._engine.end)
+        self._engine.close.atexit = False       # Python itself ends them then
+    return self._engine.guarded(jobs)
+
+# %% ../nbs/02_dataloader.ipynb #a179f8cf
+class _Pickler(ForkingPickler):
+    "Sends large tensors through shared memory, as PyTorch does, and those of at most 64 KiB as bytes"
+    def reducer_override(self, o):
+        if type(o) is not Tensor or o.numel()*o.element_size() > 2**16: return NotImplemented
+        try: return torch.from_numpy, (o.numpy(),)
+        except (TypeError, RuntimeError): return NotImplemented        # a type or a layout that NumPy does not know
+
+class _Sent:
+    "What a worker sends, pickled at once; where it arrives, it is unpickled"
+    def __init__(self, what): self.pickled = bytes(_Pickler.dumps(what))
+    def __reduce__(self): return pickle.loads, (self.pickled,)
+
+# %% ../nbs/02_dataloader.ipynb #585c0d1a
+def _how_to_start(): return mp.get_start_method(allow_none=True) or ('fork' if sys.platform=='linux' else None)
+
+def _begin_work(i):
+    "What a worker does first"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
+    torch.set_default_device(None)      # batches are made on the CPU
+
+@patch
+def guarded(self:_Engine, jobs):
+    "`run`; if anything but an item's error comes in between, all workers are ended"
+    if any(o.exitcode is not None for o in self.workers()): self.end()
+    try: yield from self.run(jobs)
+    except (BatchError, GeneratorExit): raise
+    except BaseException as e:
+        codes = [(i, o.exitcode) for i,o in enumerate(self.workers()) if o.exitcode]
+        for o in self.workers(): o.terminate()
         self.end()
+        if isinstance(e, Exception): raise BatchError(_why(e, *codes[:1])) from e
         raise
 
 @patch
-def _ask(self:_Workers, i, seed, idxs):
-    "Give worker `i` a job; returns the box for its batch"
-    with self._talk():
-        box,slot = [],self.free[i].pop() if self.free[i] else len(self.waiting[i])
-        self.waiting[i].append((box, slot, idxs))
-        with suppress(BrokenPipeError, ConnectionResetError): self.pipes[i].send((slot, seed, idxs))
-        return box      # a broken pipe will be noticed where the answer is read
+def workers(self:_Engine): return [] if self._iterator is None else self._iterator._workers
 
 @patch
-def _take(self:_Workers, i, box):
-    "The batch that comes from worker `i` in `box`"
-    with self._talk():
-        while not box: self._receive(i)
-    kind,*answer = box.pop()
-    if kind=='batch': return answer[0]
-    message,trace = answer
-    raise BatchError(message) from _TracebackOfWorker(trace)
+def end(self:_Engine):
+    "End the workers of this process; PyTorch gives those that are busy 5 s, then it kills them"
+    if self.workers() and self.made_of[-1]==os.getpid(): self._iterator._shutdown_workers()
+    self._iterator = None
 
-# %% ../nbs/02_dataloader.ipynb #04baff04
-@patch
-def _receive(self:_Workers, i):
-    "Wait for the next answer of worker `i`, and put it into its box"
-    box,slot,idxs = self.waiting[i].popleft()
-    message = self._message(i)
-    if message is None: raise BatchError(self._obituary(i, idxs))
-    kind,*answer = message
-    if kind=='batch':
-        note,parts,memory_follows = answer
-        answer = [_unpickled(note, parts, self.memory[i].get(slot))]
-        if memory_follows: self.memory[i][slot] = self._message(i)
-    self.free[i].append(slot)
-    box.append((kind, *answer))
-
-@patch
-def _message(self:_Workers, i):
-    "The next message of worker `i`; None if it has ended"
-    process,pipe = self.processes[i],self.pipes[i]
-    try:
-        while not pipe.poll(1):
-            if not process.is_alive() and not pipe.poll(): return None
-        message = pipe.recv_bytes()
-        self.heard.add(i)
-        return pickle.loads(message)
-    except (EOFError, OSError):     # the pipe was closed at the other end, or memory was offered and its owner is dead
-        process.join(1)
-        if process.is_alive(): raise
-        return None
-
-# %% ../nbs/02_dataloader.ipynb #1835a7c3
-@patch
-def _obituary(self:_Workers, i, idxs):
-    "How worker `i` came to its end, and what to do about it"
-    code = self.processes[i].exitcode
-    name = next((s.name for s in signal.Signals if s==-code), f'signal {-code}')
-    how = f'was killed ({name})' if code<0 else f'ended with exit code {code}'
-    hint = "If memory ran out, use fewer workers or smaller batches; n_workers=0 shows an error where it happens."
-    if name=='SIGBUS': hint = "Shared memory is full (in a Docker container, allow more with --shm-size)."
-    if self.method!='fork' and i not in self.heard:
-        hint = ("A new process must be able to import the dataset's class: put it into a module, not into a notebook, "
-                "and the main part of a script under: if __name__ == '__main__'")
-    return f"DataLoader: worker {i} {how} before the batch of items {_few(idxs)} was ready. {hint}"
-
-# %% ../nbs/02_dataloader.ipynb #fca75387
-@patch
-def _batches_by_workers(self:DataLoader, jobs):
-    "Batches made by workers, which are started if there are none"
-    if self._workers is None or not self._workers.end.alive:
-        self._workers = _Workers(self.n_workers, self.ds, self.collate)
-    return self._workers.run(jobs)
+def _why(e, worker=None):
+    "What happened, to a worker perhaps, and what to do about it"
+    if not worker: return f"DataLoader: {type(e).__name__}: {e}"
+    how = 'was killed ({})'.format(signal.Signals(-worker[1]).name) if worker[1]<0 else f'ended with exit code {worker[1]}'
+    return (f"DataLoader: worker {worker[0]} {how} before its batch was ready. If memory ran out, use fewer workers or "
+            "smaller batches. n_workers=0 shows an error where it happens. Unless processes are forked, the dataset's "
+            "class must be in a module, and what a script does under: if __name__ == '__main__'")
