@@ -11,12 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from .core import check_number
+
 # %% ../nbs/06_mlp.ipynb #2e5e6c4b
 def relu(
     x:Tensor, # any shape
 )->Tensor: # same shape
     "`x` where it is positive, and 0 elsewhere"
-    return torch.where(x<=0, 0., x)
+    return torch.where(x<=0, 0, x)
 
 # %% ../nbs/06_mlp.ipynb #8e4e40e5
 def _check_batch(name, xb, ni):
@@ -52,9 +54,8 @@ def init_layer(
     std:float=None, # standard deviation of the weights; √(2/ni) if None
 )->tuple: # w (ni, no) and b (no,), ready to be trained
     "Random weights and zero biases for one layer, in the size of [He et al. 2015](https://arxiv.org/abs/1502.01852)"
-    if not all(isinstance(o, int) and o>0 for o in (ni,no)):
-        raise ValueError(f"init_layer: got {ni!r} inputs and {no!r} outputs; both must be whole numbers above 0")
-    if std is None: std = math.sqrt(2/ni)
+    ni,no = (check_number('init_layer', name, o, least=1, whole=True) for name,o in (('ni',ni), ('no',no)))
+    std = math.sqrt(2/ni) if std is None else check_number('init_layer', 'std', std, least=0)
     return (torch.randn(ni,no)*std).requires_grad_(), torch.zeros(no).requires_grad_()
 
 # %% ../nbs/06_mlp.ipynb #5eacb492
@@ -75,11 +76,11 @@ class MLP:
         *sizes:int, # number of inputs, of units in each hidden layer, and of outputs
         std:float=None, # standard deviation of the weights; √(2/inputs) of each layer if None
     ):
-        if len(sizes)<2 or not all(isinstance(o, int) and o>0 for o in sizes):
-            raise ValueError(f"MLP: the sizes are {sizes}, but two or more whole numbers above 0 are wanted, such as "
+        if len(sizes)<2:
+            raise ValueError(f"MLP: the sizes are {sizes}, but two or more whole numbers are wanted, such as "
                              "MLP(784, 30, 1). If they are in a list, unpack it: MLP(*sizes)")
-        self.sizes = sizes
-        self.layers = [init_layer(ni, no, std) for ni,no in zip(sizes, sizes[1:])]
+        self.sizes = tuple(check_number('MLP', f'sizes[{i}]', o, least=1, whole=True) for i,o in enumerate(sizes))
+        self.layers = [init_layer(ni, no, std) for ni,no in zip(self.sizes, self.sizes[1:])]
     def parameters(self)->list: # weights and bias of the first layer, of the second, …
         "The tensors to be trained"
         return [p for layer in self.layers for p in layer]

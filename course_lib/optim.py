@@ -14,35 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../nbs/05_optim.ipynb #3a19181b
-def _as_list(who, params):
-    "`params` as a list, or an error that says what is wrong with it"
-    if isinstance(params, Tensor):
-        raise TypeError(f"{who}: got one tensor, {tuple(params.shape)}, but a list is needed; put brackets around it")
-    params = list(params)
-    if not params:
-        raise ValueError(f"{who}: there are no parameters; a generator such as model.parameters() is empty after its "
-                         "first use, so make a new one")
-    for i,p in enumerate(params):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{who}: parameter {i} is a {type(p).__name__}, not a tensor; give model.parameters()")
-        if not p.is_leaf:
-            raise ValueError(f"{who}: parameter {i}, {tuple(p.shape)}, was computed from other tensors, so backward() "
-                             "will not fill its .grad; call requires_grad_() after the computation, not before")
-    if len(set(map(id, params))) < len(params):
-        raise ValueError(f"{who}: a parameter is in the list twice and would be moved twice; list it once")
-    return params
-
-# %% ../nbs/05_optim.ipynb #5cc1422a
-def _check_hypers(who, hypers):
-    "Refuse a hyper-parameter outside its range: `lr`, `wd` and `eps` are 0 or more, all others in [0, 1)"
-    for name,value in hypers.items():
-        values = value if isinstance(value, (list,tuple)) else [value]
-        if len(values) != (2 if name=='betas' else 1):
-            raise ValueError(f"{who}: {name} is {value}; betas must be two numbers, and everything else one")
-        top = math.inf if name in ('lr', 'wd', 'eps') else 1
-        if not all(0 <= v < top for v in values):
-            raise ValueError(f"{who}: {name} is {value}, but it must be at least 0 and less than {top}")
+from .core import check_number
 
 # %% ../nbs/05_optim.ipynb #020ff1b3
 class BasicOptim:
@@ -52,9 +24,9 @@ class BasicOptim:
         params:Iterable, # the tensors to train, such as model.parameters()
         lr:float, # learning rate, 0 or more; a plain attribute, so it can be changed between steps
     ):
-        self.params,self.lr = _as_list(type(self).__name__, params),lr
+        self.params = _check_params(type(self).__name__, params)
+        vars(self).update(_check_hypers(type(self).__name__, {'lr': lr}))
         self.state = [{} for _ in self.params]
-        _check_hypers(type(self).__name__, {'lr': lr})
 
     @torch.no_grad()
     def step(self):
@@ -66,12 +38,33 @@ class BasicOptim:
         "Forget the gradients, so that the next `backward` starts afresh"
         for p in self.params: p.grad = None
 
-# %% ../nbs/05_optim.ipynb #1bf8431d
-def _alike(row):
-    "Do these tensors lie in memory in the same order and without gaps? The fused operators take it for granted"
-    if all(map(Tensor.is_contiguous, row)): return True
-    strides = {o.stride() for o in row if o.dim()}
-    return len(strides)==1 and row[0].is_contiguous(memory_format=torch.channels_last)
+# %% ../nbs/05_optim.ipynb #84fc57ef
+def _check_params(who, params):
+    "`params` as a list, or an error that says what is wrong with it"
+    def check(ok, why):
+        if not ok: raise ValueError(f'{who}: {why}')
+    check(isinstance(params, Iterable) and not isinstance(params, Tensor), f"got a {type(params).__name__}, but a list "
+          "of tensors is needed; put brackets around a single one, and for a model give model.parameters()")
+    params = list(params)
+    check(params, "there are no parameters; a generator such as model.parameters() is empty after its first use")
+    for i,p in enumerate(params):
+        check(isinstance(p, Tensor), f"parameter {i} is a {type(p).__name__}, not a tensor; give model.parameters()")
+        check(p.is_leaf, f"parameter {i}, {tuple(p.shape)}, was computed from other tensors, so backward() will not "
+              "fill its .grad; call requires_grad_() after the computation, not before")
+    check(len(set(map(id, params)))==len(params), "a parameter is in the list twice, and would be moved twice")
+    check(any(p.requires_grad for p in params), "none of these tensors requires a gradient, so nothing would be "
+          "trained; call requires_grad_() on those that should learn")
+    return params
+
+def _check_hypers(who, hypers):
+    "`hypers` as Python's own numbers, or an error: `lr`, `wd` and `eps` are 0 or more, all others in [0, 1)"
+    def check(name, value):
+        if name!='betas':
+            return check_number(who, name, value, least=0, below=math.inf if name in ('lr', 'wd', 'eps') else 1)
+        if not isinstance(value, (tuple,list)) or len(value)!=2:
+            raise ValueError(f"{who}: betas is {value!r}, but two numbers are wanted, such as (0.9, 0.999)")
+        return tuple(check(f'betas[{i}]', v) for i,v in enumerate(value))
+    return {name: check(name, value) for name,value in hypers.items()}
 
 # %% ../nbs/05_optim.ipynb #9a382640
 class Optimizer(BasicOptim):
@@ -82,12 +75,11 @@ class Optimizer(BasicOptim):
         **hypers, # the hyper-parameters by name; `lr` is one of them
     ):
         super().__init__(params, hypers['lr'])
-        _check_hypers(type(self).__name__, hypers)
         self.hypers = tuple(hypers)
-        vars(self).update(hypers)       # each becomes an attribute: self.lr and so on
+        vars(self).update(_check_hypers(type(self).__name__, hypers))       # each is an attribute: self.lr and so on
 
     def _used_slots(self): return self.slots     # names of the tensors that the next step will need
-    def _new_slot(self, p, name): return torch.zeros((), device=p.device) if name=='t' else torch.zeros_like(p)
+    def _new_slot(self, p, name): return torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -95,13 +87,23 @@ class Optimizer(BasicOptim):
         groups,slots = defaultdict(list),self._used_slots()
         for p,s in zip(self.params, self.state):
             if p.grad is None: continue
-            for name in slots:
-                if name not in s: s[name] = self._new_slot(p, name)
-            row = [p, p.grad, *[s[name] for name in slots]]
-            groups[p.device, p.dtype, self.fused and _alike(row)].append(row)
+            row,device,dtype = [p, p.grad],p.device,p.dtype
+            if slots:
+                t = s.get(slots[0])
+                if t is None or t.dtype is not dtype or t.device!=device:       # zeros at first; a copy where p moved
+                    for name in slots: s[name] = self._new_slot(p, name).copy_(s.get(name, torch.tensor(0.)))
+                row += s.values()
+            groups[device, dtype, self.fused and _alike(row)].append(row)
         for (device,dtype,fused),rows in groups.items():
             fused = fused and dtype.is_floating_point and device.type in ('cpu', 'cuda', 'mps', 'xpu')
             (self.update_fused if fused else self.update)(*zip(*rows))
+
+# %% ../nbs/05_optim.ipynb #87422b8f
+def _alike(row):
+    "Do these tensors lie in memory in the same order and without gaps? The fused operators take it for granted"
+    if all(map(Tensor.is_contiguous, row)): return True
+    strides = {o.stride() for o in row if o.dim()}      # how far apart in memory neighbors lie, along each axis
+    return len(strides)==1 and row[0].is_contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/05_optim.ipynb #66eeb92a
 class SGD(Optimizer):
@@ -175,6 +177,7 @@ class Adam(Optimizer):
         "Change the first of the `betas`, and keep the second"
         self.betas = (v, self.betas[1])
 
+    def _new_slot(self, p, name): return torch.zeros((), device=p.device) if name=='t' else torch.zeros_like(p)
     def _decay(self, ps, gs): return torch._foreach_add(gs, ps, alpha=self.wd)
 
     def update(self, ps, gs, avgs, sqrs, ts):
@@ -213,40 +216,23 @@ class AdamW(Adam):
         return gs
 
 # %% ../nbs/05_optim.ipynb #e08ff250
+def _flat(state): return {f'{i}.{name}': t for i,s in enumerate(state) for name,t in s.items()}
+
 @patch
 def state_dict(self:BasicOptim)->dict: # optimizer, hypers and shapes, which JSON can hold, and state, names to tensors
     "A copy of all that is needed to go on from here, apart from the parameters"
-    return dict(optimizer=type(self).__name__,
-                hypers={name: getattr(self, name) for name in self.hypers},
+    name = type(self).__name__
+    return dict(optimizer=name, hypers=_check_hypers(f'{name}.state_dict', {o: getattr(self, o) for o in self.hypers}),
                 shapes=[list(p.shape) for p in self.params],
-                state={f'{i}.{name}': t.clone() for i,s in enumerate(self.state) for name,t in s.items()})
+                state={key: t.clone() for key,t in _flat(self.state).items()})
 
 # %% ../nbs/05_optim.ipynb #33d95325
-def _slot_shapes(opt):
-    "Names of all tensors that a state of `opt` may hold, with their shapes"
-    return {f'{i}.{name}': () if name=='t' else tuple(p.shape) for i,p in enumerate(opt.params) for name in opt.slots}
-
-def _check_state(opt, saved):
-    "Raise a ValueError unless `saved` is the state of an optimizer like `opt`"
-    who = f'{type(opt).__name__}.load_state_dict'
-    def check(ok, why):
-        if not ok: raise ValueError(f'{who}: {why}')
-    missing = {'optimizer', 'hypers', 'shapes', 'state'} - set(saved)
-    check(not missing, f"there is no {sorted(missing)} in it; it must come from state_dict()")
-    check(saved['optimizer']==type(opt).__name__, f"the state is of {saved['optimizer']}; load it into one of those")
-    check(set(saved['hypers'])==set(opt.hypers), f"it has {sorted(saved['hypers'])}; needed are {sorted(opt.hypers)}")
-    _check_hypers(who, saved['hypers'])
-    shapes,wanted = [tuple(o) for o in saved['shapes']],[tuple(p.shape) for p in opt.params]
-    check(len(shapes)==len(wanted), f"the state is of {len(shapes)} parameters, but this optimizer has {len(wanted)}")
-    for i,(a,b) in enumerate(zip(shapes, wanted)):
-        check(a==b, f"parameter {i} was {a} when saved, but it is {b} here; build the same model in the same order")
-    tensors,known = saved['state'],_slot_shapes(opt)
-    for key,t in tensors.items():
-        check(key in known, f"it has a tensor {key}; the names known here are {sorted(known)[:4]} …")
-        check(tuple(t.shape)==known[key], f"tensor {key} is {tuple(t.shape)}, but {known[key]} is needed")
-        for name in opt.slots:
-            other = f"{key.split('.')[0]}.{name}"
-            check(other in tensors, f"it has a tensor {key}, but none for {other}; the state is not complete")
+def _facts(state):
+    "What must agree between two states, each under its name"
+    return {'the class': state['optimizer'], 'the list of hyper-parameters': sorted(state['hypers']),
+            'the number of parameters': len(state['shapes']),
+            **{f'the shape of parameter {i}': tuple(shape) for i,shape in enumerate(state['shapes'])},
+            **{f'the shape of {key}': tuple(Tensor.size(t)) for key,t in state['state'].items()}}
 
 # %% ../nbs/05_optim.ipynb #b5ed9305
 @patch
@@ -254,9 +240,18 @@ def load_state_dict(self:BasicOptim,
     saved:dict, # what `state_dict` of such an optimizer returned, for parameters of the same shapes
 ):
     "Take over a saved state, so that the next steps are those the saved optimizer would have done"
-    _check_state(self, saved)
-    for name,value in saved['hypers'].items(): setattr(self, name, tuple(value) if isinstance(value, list) else value)
-    self.state = [{} for _ in self.params]
-    for key,t in saved['state'].items():
-        i,name = key.split('.')
-        self.state[int(i)][name] = self._new_slot(self.params[int(i)], name).copy_(t)
+    who = f'{type(self).__name__}.load_state_dict'
+    try: found,known = _facts(saved),{key.split('.')[0] for key in saved['state']}      # what is remembered about whom
+    except (AttributeError, LookupError, TypeError) as e:
+        raise ValueError(f"{who}: {e!r}; the state must come from state_dict() of one of our optimizers") from None
+    new = [{name: self._new_slot(p, name) for name in self.slots if str(i) in known} for i,p in enumerate(self.params)]
+    here = _facts(dict(optimizer=type(self).__name__, hypers=self.hypers, shapes=[p.shape for p in self.params],
+                       state=_flat(new)))
+    for fact in {**here, **found}:
+        if found.get(fact)!=here.get(fact):
+            raise ValueError(f"{who}: {fact} is {found.get(fact)} in the state, but {here.get(fact)} is needed; load "
+                             "it into an optimizer of the same class, made for the same model in the same order")
+    hypers = _check_hypers(who, saved['hypers'])
+    for key,t in _flat(new).items(): t.copy_(saved['state'][key])
+    vars(self).update(hypers)
+    self.state = new

@@ -1,5 +1,6 @@
 "Every operation of course_lib.autograd against PyTorch and against nudges, over shapes that hypothesis draws"
 import gc
+import operator
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import broadcastable_shapes, mutually_broadcastable_shapes
 
-from course_lib.autograd import Var, backward, graph, tape, unbroadcast, where
+from course_lib.autograd import Var, backward, graph, no_grad, tape, unbroadcast, where
 
 some = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -82,6 +83,24 @@ def test_reductions(shape, data, keepdim, seed):
     xs = numbers(seed, shape)
     check(lambda a: a.sum(dim, keepdim), xs, seed)
     check(lambda a: a.mean(dim, keepdim), xs, seed)
+
+@some
+@given(st.lists(dims, max_size=4).map(tuple), st.data(), st.booleans(), seeds)
+def test_reductions_over_several_axes(shape, data, keepdim, seed):
+    "Any axes in any order, counted from either end; none at all means all"
+    axes = data.draw(st.lists(st.integers(0, len(shape)-1), unique=True)) if shape else []
+    axes = tuple(i - len(shape)*data.draw(st.booleans()) for i in axes)
+    xs = numbers(seed, shape)
+    for dim in (axes, None, list(axes)):
+        check(lambda a: a.sum(dim, keepdim), xs, seed)
+        check(lambda a: a.mean(dim, keepdim), xs, seed)
+
+def test_reductions_of_nothing_and_with_numpys_axes():
+    x = torch.arange(6.).reshape(2,3)
+    assert torch.equal(Var(x).sum(np.int64(1)).data, x.sum(1)) and torch.equal(Var(x).mean((np.int64(0), 1)).data, x.mean())
+    assert Var(torch.ones(0)).mean().data.isnan() and Var(torch.ones(0,3)).mean(1).shape==(0,)
+    for bad in (2, (0,5), (0,0)):
+        with pytest.raises((IndexError, RuntimeError)): Var(x).sum(bad)
 
 @some
 @given(dims, dims, seeds)
@@ -186,3 +205,104 @@ def test_import_is_light():
             "print([m for m in sys.modules if m.startswith(('course_lib.', 'matplotlib', 'pandas'))])")
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.strip()=="['course_lib.autograd']"
+
+in_place = {o: (getattr(operator, o), getattr(operator, f'i{o}')) for o in ('add', 'sub', 'mul', 'truediv', 'pow', 'matmul')}
+each_in_place = pytest.mark.parametrize('name', in_place)
+
+def operand(name): return 3 if name=='pow' else torch.tensor([[2., 1.], [0.5, 4.]]) if name=='matmul' else 1.5
+
+@each_in_place
+def test_in_place_operations_on_a_parameter_are_refused(name):
+    "Nothing changes, neither the parameter nor another name of it"
+    p = q = Var(torch.ones(2,2))
+    with pytest.raises(TypeError, match=r'Var: .*= would make .* no_grad\(\)'): p = in_place[name][1](p, operand(name))
+    assert p is q and p.data.tolist()==[[1.,1.]]*2 and not p.parents
+
+@each_in_place
+def test_in_place_operations_on_a_result_are_recorded(name):
+    op,op_in_place = in_place[name]
+    def f(x):
+        y = x*2
+        z = y
+        y = op_in_place(y, operand(name))
+        return (y*z).sum() if isinstance(x, Var) else None
+    a,b = Var(torch.full((2,2), 0.7)),torch.full((2,2), 0.7, requires_grad=True)
+    f(a).backward()
+    y = b*2
+    (op(y, operand(name))*y).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+@each_in_place
+@pytest.mark.parametrize('wrap', [lambda o: o, lambda o: Var(torch.as_tensor(o, dtype=torch.float32))], ids=['constant', 'Var'])
+def test_within_no_grad_they_change_the_data(name, wrap):
+    if name=='pow' and isinstance(wrap(3), Var): return
+    op,op_in_place = in_place[name]
+    start = torch.tensor([[1., 2.], [3., 4.]])
+    p = q = Var(start.clone())
+    with no_grad(): p = op_in_place(p, wrap(operand(name)))
+    assert p is q and not p.parents and p.requires_grad
+    torch.testing.assert_close(p.data, op(start, operand(name)))
+    (p*p).sum().backward()
+    torch.testing.assert_close(p.grad, 2*p.data)
+
+def test_training_as_with_pytorch():
+    "`w -= lr*w.grad` within no_grad: the same steps"
+    v,t = Var(torch.tensor([3., -2.])),torch.tensor([3., -2.], requires_grad=True)
+    for w,block in ((v,no_grad), (t,torch.no_grad)):
+        for _ in range(5):
+            ((w*w - w)**2).sum().backward()
+            with block(): w -= 0.01*w.grad
+            w.grad = None
+    torch.testing.assert_close(v.data, t.detach())
+
+def test_no_grad_records_nothing_and_ends():
+    w = Var(torch.ones(3))
+    @no_grad()
+    def loss(): return (w*w).sum()
+    def recorded(): return bool((w*2).parents)
+    with no_grad():
+        y = loss()
+        assert not recorded()
+        with no_grad(): pass
+        assert not recorded()               # the inner block has not switched it on again
+    assert recorded()
+    with pytest.raises(ZeroDivisionError):
+        with no_grad(): 1/0
+    assert recorded()
+    assert not y.parents and not y.requires_grad and y.item()==3
+    with pytest.raises(ValueError, match='nothing leads back .* no_grad'): y.backward()
+    (y*w).sum().backward()                  # afterwards it is a constant like any other
+    assert w.grad.tolist()==[3.]*3 and y.grad is None
+    with torch.no_grad(): assert recorded()     # PyTorch's is another
+
+def test_constants_alone_lead_nowhere():
+    y = where(torch.tensor(True), 1., 2.)
+    with pytest.raises(ValueError, match='constants alone'): y.backward()
+    frozen = Var(2.)
+    frozen.requires_grad = False
+    w = Var(3.)
+    (frozen*w).backward()
+    assert w.grad.item()==2 and frozen.grad is None
+
+def test_first_gradient_may_be_a_number():
+    for g in (2, 2., np.float64(2), torch.tensor(2, dtype=torch.float64), Var(2.)):
+        v = Var(3.)
+        (v*v).backward(g)
+        assert v.grad.item()==12 and v.grad.dtype==torch.float32
+    for bad in ('x', [1.]):
+        with pytest.raises(TypeError, match='as_tensor'): Var(3.).backward(bad)
+
+@pytest.mark.parametrize('name', ['gt', 'ge', 'lt', 'le', 'eq', 'ne'])
+def test_comparisons_give_plain_tensors(name):
+    op = getattr(operator, name)
+    x,y = torch.tensor([1., 2., 3.]),torch.tensor([3., 2., 1.])
+    for got in (op(Var(x), Var(y)), op(Var(x), y), op(x, Var(y))): assert type(got) is torch.Tensor and torch.equal(got, op(x, y))
+    for number in (2, 2., np.float32(2)): assert torch.equal(op(Var(x), number), op(x, 2)) and torch.equal(op(number, Var(x)), op(2, x))
+
+def test_equality_leaves_sets_and_dicts_alone():
+    a,b = Var(1.),Var(1.)
+    assert len({a, b, a})==2 and {a: 1, b: 2}[b]==2 and hash(a)==hash(a)
+    assert (a==None) is False and (a!=None) is True and (a=='1') is False
+    assert a in [None, 'x', a] and 5. not in [a]
+    assert Var(2.) and not Var(0.)
+    with pytest.raises(RuntimeError, match='ambiguous'): bool(Var(torch.ones(2)))

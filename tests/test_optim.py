@@ -1,10 +1,12 @@
 "Properties of the optimizers that the notebook only samples: any hyper-parameters, layouts, interruptions"
+import inspect
 import io
 import json
 import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -206,19 +208,19 @@ def corruptions(saved):
     "Ways to spoil a state of AdamW, each with a part of the error it must give"
     state = saved['state']
     def with_state(**changes): return {**saved, 'state': {**state, **changes}}
-    yield {k:v for k,v in saved.items() if k!='shapes'}, "no ['shapes']"
+    yield {k:v for k,v in saved.items() if k!='shapes'}, "KeyError('shapes')"
     yield {}, 'must come from state_dict'
-    yield {**saved, 'optimizer': 'Adam'}, 'of Adam'
+    yield {**saved, 'optimizer': 'Adam'}, 'class is Adam in the state, but AdamW'
     yield {**saved, 'hypers': {**saved['hypers'], 'mom': 0.9}}, 'mom'
     yield {**saved, 'hypers': {**saved['hypers'], 'lr': float('nan')}}, 'lr is nan'
     yield {**saved, 'hypers': {**saved['hypers'], 'betas': [0.9]}}, 'two numbers'
-    yield {**saved, 'shapes': saved['shapes'][:-1]}, 'of 3 parameters, but this optimizer has 4'
-    yield {**saved, 'shapes': [[4,3], *saved['shapes'][1:]]}, 'parameter 0 was (4, 3)'
-    yield with_state(**{'1.avg': torch.zeros(6)}), '1.avg is (6,), but (5,)'
-    yield with_state(**{'1.t': torch.zeros(1)}), '1.t is (1,), but ()'
+    yield {**saved, 'shapes': saved['shapes'][:-1]}, 'parameters is 3 in the state, but 4'
+    yield {**saved, 'shapes': [[4,3], *saved['shapes'][1:]]}, 'parameter 0 is (4, 3) in the state, but (3, 4)'
+    yield with_state(**{'1.avg': torch.zeros(6)}), '1.avg is (6,) in the state, but (5,)'
+    yield with_state(**{'1.t': torch.zeros(1)}), '1.t is (1,) in the state, but ()'
     yield with_state(**{'4.avg': torch.zeros(5)}), '4.avg'
     yield with_state(velocity=torch.zeros(5)), 'velocity'
-    yield {**saved, 'state': {k:v for k,v in state.items() if k!='2.sqr'}}, 'none for 2.sqr'
+    yield {**saved, 'state': {k:v for k,v in state.items() if k!='2.sqr'}}, '2.sqr is None in the state, but ()'
 
 def test_a_state_that_does_not_fit_changes_nothing():
     params,g = make_params(5)
@@ -237,6 +239,129 @@ def test_a_state_that_does_not_fit_changes_nothing():
         assert after['hypers']==before['hypers']
         assert after['state'].keys()==before['state'].keys()
         assert all(torch.equal(after['state'][k], before['state'][k]) for k in after['state'])
+
+junk = [None, True, 3, -1., float('nan'), 'x', [], [1.], {}, torch.ones(7), torch.zeros(()), np.ones(2), object()]
+
+@each
+def test_a_damaged_state_is_refused_and_changes_nothing(name):
+    "Each part of a state replaced by something else: a ValueError, and the optimizer is as it was; or it loads"
+    params,g = make_params(8)
+    opt = everyone[name](params)
+    steps(opt, params, g, n=2)
+    good = opt.state_dict()
+    def damaged():
+        for bad in junk:
+            if not isinstance(bad, torch.Tensor): yield bad
+            for key in good: yield {**good, key: bad}
+            for key in good['hypers']: yield {**good, 'hypers': {**good['hypers'], key: bad}}
+            for key in [*good['state'], 3, '0', '9.avg', '0.velocity.x']: yield {**good, 'state': {**good['state'], key: bad}}
+    refused = 0
+    for saved in damaged():
+        before = str(opt.state_dict())
+        try: opt.load_state_dict(saved)
+        except ValueError:
+            refused += 1
+            assert str(opt.state_dict())==before
+        opt.load_state_dict(good)
+    assert refused > 100
+
+@each
+def test_a_model_may_move_after_its_first_steps(name):
+    "To 64 bits, all of it or a part: the same bits as a new optimizer with the loaded state, and what PyTorch's does"
+    def trained(make):
+        params,g = make_params(9)
+        opt = make(params)
+        return steps(opt, params, g, n=3),opt
+    def go_on(opt, params): return steps(opt, params, torch.Generator().manual_seed(1), n=3)
+    def restarted(make, opt, params):
+        copies = [p.detach().clone().requires_grad_() for p in params]
+        again = make(copies)
+        again.load_state_dict(opt.state_dict())
+        return go_on(again, copies)
+    for moved in (range(4), [1], [0,2]):
+        params,opt = trained(everyone[name])
+        for i in moved: params[i].data = params[i].data.double()
+        wanted = restarted(everyone[name], opt, params)
+        assert all(torch.equal(a, b) for a,b in zip(go_on(opt, params), wanted))
+        for i,(p,s) in enumerate(zip(params, opt.state)):
+            assert p.dtype==(torch.float64 if i in moved else torch.float32)
+            assert all(t.dtype==(torch.float32 if key=='t' else p.dtype) for key,t in s.items())
+        theirs,their_opt = trained(torchs[name])
+        wanted = restarted(torchs[name], their_opt, [p.detach().to(q.dtype) for p,q in zip(theirs, params)])
+        for a,b in zip(params, wanted): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+@each
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_a_state_may_come_from_another_type(name, dtype):
+    params,g = make_params(10, torch.float32)
+    opt = everyone[name](params)
+    steps(opt, params, g, n=2)
+    copies = [p.detach().to(dtype).requires_grad_() for p in params]
+    again = everyone[name](copies)
+    again.load_state_dict(opt.state_dict())
+    for s,saved in zip(again.state, opt.state):
+        for key,t in s.items(): assert t.dtype==(torch.float32 if key=='t' else dtype) and torch.equal(t, saved[key].to(t.dtype))
+    steps(again, copies, g, n=1)
+    assert all(p.dtype==dtype and p.isfinite().all() for p in copies)
+
+@each
+def test_frozen_parameters_stay_and_a_list_of_nothing_else_is_refused(name):
+    a,b = torch.ones(2, requires_grad=True),torch.ones(2)
+    opt = everyone[name]([b, a])
+    (a*b).sum().backward()
+    opt.step()
+    assert b.tolist()==[1., 1.] and a.tolist()!=[1., 1.]
+    a.requires_grad_(False)
+    opt.load_state_dict(opt.state_dict())       # all frozen by now, and still itself
+    b.requires_grad_()
+    (a*b).sum().backward()
+    opt.step()
+    assert b.tolist()!=[1., 1.]
+    for frozen in ([torch.ones(2)], nn.Linear(2,1).requires_grad_(False).parameters()):
+        with pytest.raises(ValueError, match=r'(SGD|BasicOptim|RMSProp|Adam|AdamW): none .* requires_grad_\(\)'): everyone[name](frozen)
+
+@pytest.mark.parametrize('bad,says', [(nn.Linear(2,1), 'Linear.*model.parameters'), (nn.Sequential(nn.Linear(2,1)), 'parameter 0 is a Linear'),
+    (torch.ones(2), 'brackets'), (None, 'NoneType'), (3, 'int'), (nn.Linear(2,1).state_dict(), 'parameter 0 is a str'), ([{'params': []}], 'parameter 0 is a dict')])
+def test_what_is_no_list_of_parameters(bad, says):
+    with pytest.raises(ValueError, match=f'SGD: .*{says}'): SGD(bad, lr=0.1)
+
+numbers = [np.float64(0.25), np.float32(0.25), torch.tensor(0.25), np.array(0.25)]
+
+@each
+@pytest.mark.parametrize('value', numbers, ids=lambda v: type(v).__name__)
+def test_numbers_are_numbers(name, value):
+    "NumPy's and one-number tensors are taken, now and between steps, and states hold Python's own"
+    make = everyone[name]
+    kwargs = {k: value for k in ('lr', 'wd', 'eps', 'mom', 'alpha') if k in inspect.signature(make.func).parameters}
+    if 'betas' in inspect.signature(make.func).parameters: kwargs['betas'] = [value, value]
+    results = []
+    for convert in (lambda v: v, lambda v: [0.25]*2 if isinstance(v, list) else 0.25):
+        params,g = make_params(11)
+        opt = make.func(params, **{k: convert(v) for k,v in kwargs.items()})
+        assert all(type(o) is float or o==(0.25, 0.25) for o in (getattr(opt, h) for h in opt.hypers))
+        steps(opt, params, g, n=2)
+        results.append(params)
+    assert all(torch.equal(a, b) for a,b in zip(*results))
+    if not isinstance(value, (torch.Tensor, np.ndarray)):
+        opt.lr = value
+        if hasattr(opt, 'mom'): opt.mom = value
+        steps(opt, params, g, n=1)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    json.dumps(torch.load(file, weights_only=True)['hypers'])
+
+@pytest.mark.parametrize('bad', [True, np.bool_(True), '0.1', None, float('nan'), float('inf'), -0.1, 1j, [0.1], torch.ones(2)])
+def test_what_is_no_number(bad):
+    w = torch.ones(1, requires_grad=True)
+    for name,make in {'lr': lambda: SGD([w], lr=bad), 'mom': lambda: SGD([w], lr=1, mom=bad), 'wd': lambda: AdamW([w], wd=bad),
+                      'alpha': lambda: RMSProp([w], alpha=bad), 'eps': lambda: Adam([w], eps=bad), r'betas\[1\]': lambda: Adam([w], betas=(0.9, bad))}.items():
+        with pytest.raises(ValueError, match=f'(SGD|AdamW|RMSProp|Adam): {name} is '): make()
+    for betas in (0.9, (0.9,), (0.9, 0.9, 0.9), 'ab', None):
+        with pytest.raises(ValueError, match='two numbers'): Adam([w], betas=betas)
+    opt = SGD([w], lr=0.1)
+    opt.lr = bad
+    with pytest.raises(ValueError, match='SGD.state_dict: lr is '): opt.state_dict()
 
 @each
 def test_a_loaded_state_is_a_copy(name):
@@ -272,10 +397,10 @@ def test_parameters_as_they_come(name):
     assert isinstance(ours, Param) and torch.equal(ours.as_subclass(torch.Tensor), plain)
 
 def test_stands_alone():
-    "Importing optim imports no other module of the course, nor matplotlib"
+    "Importing optim imports only core of the course, and not matplotlib"
     code = "import sys, course_lib.optim; print(*sys.modules)"
     names = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    assert [o for o in names if o.startswith('course_lib.')]==['course_lib.optim']
+    assert [o for o in names if o.startswith('course_lib.')]==['course_lib.core', 'course_lib.optim']
     assert not {'matplotlib', 'pandas', 'fastai'} & set(names)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -283,7 +408,7 @@ def test_stands_alone():
 def test_on_a_gpu(name):
     "The same as on the CPU, also if the model is moved after the optimizer was made; a state may change devices"
     grads = torch.randn(10, 4, 3, generator=torch.Generator().manual_seed(8))
-    def run(devices, fused=True):
+    def run(devices, fused=True, load=True):
         net = nn.Linear(3, 4, bias=False)
         with torch.no_grad(): net.weight.copy_(torch.arange(12.).view(4,3)/6 - 1)
         opt = everyone[name](net.parameters())
@@ -291,11 +416,12 @@ def test_on_a_gpu(name):
             if net.weight.device.type != device:
                 saved = opt.state_dict()
                 net.to(device)
-                opt.load_state_dict(saved)
+                if load: opt.load_state_dict(saved)
             if not fused: opt.fused = False
             net.weight.grad = g.to(device)
             opt.step()
         return net.weight.detach().cpu()
     wanted = run(['cpu']*10)
-    for o in (run(['cuda']*10), run(['cuda']*10, fused=False), run(['cpu']*5+['cuda']*5), run(['cuda']*5+['cpu']*5)):
+    there,back = ['cpu']*5 + ['cuda']*5,['cuda']*5 + ['cpu']*5
+    for o in (run(['cuda']*10), run(['cuda']*10, fused=False), run(there), run(back), run(there, load=False), run(back, load=False)):
         torch.testing.assert_close(o, wanted, rtol=1e-5, atol=1e-6)
