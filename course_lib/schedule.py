@@ -6,89 +6,50 @@
 __all__ = ['LRFinder', 'lr_find', 'linear', 'cosine', 'Schedule', 'OneCycle', 'CosineAnneal']
 
 # %% ../nbs/14_schedule.ipynb #1dfb4c2c
-import copy, math, random
+import math
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np, torch
+import numpy as np
 from fastcore.basics import patch
 
+from .core import check_number
 from .learner import Callback, CancelFitException, Learner, get_hyper, set_hyper
-
-# %% ../nbs/14_schedule.ipynb #b0494a4d
-def _named(model):
-    "(name, tensor) of all parameters and buffers"
-    if hasattr(model, 'named_parameters'): yield from model.named_parameters()
-    else: yield from enumerate(model.parameters())
-    if hasattr(model, 'named_buffers'): yield from model.named_buffers()
-
-def _generators():
-    "(read, write) for the state of each random generator"
-    pairs = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
-             (torch.get_rng_state, torch.set_rng_state)]
-    if torch.cuda.is_available(): pairs.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-    if torch.backends.mps.is_available(): pairs.append((torch.mps.get_rng_state, torch.mps.set_rng_state))
-    return pairs
-
-# %% ../nbs/14_schedule.ipynb #50acce8f
-class _Kept:
-    "What a fit changes, as it is now; `put_back` makes it so again, to the last bit"
-    def __init__(self, learner):
-        if not hasattr(learner.opt, 'load_state_dict'):
-            raise TypeError(f"LRFinder: {type(learner.opt).__name__} has no state_dict and load_state_dict, so what it "
-                            "remembers could not be put back; add them, as those of course_lib.optim have them")
-        self.learner,self.loaders = learner,[learner.dls.train, getattr(learner.dls, 'valid', None)]
-        self.tensors = {name: t.detach().clone() for name,t in _named(learner.model)}
-        self.opt = copy.deepcopy(learner.opt.state_dict())
-        self.history,self.step_count = copy.deepcopy(learner.history),learner.step_count
-        self.epochs = [getattr(dl, 'epoch', None) for dl in self.loaders]
-        self.luck = [read() for read,_ in _generators()]        # the random states
-        # a PyTorch loader's own generator
-        self.draws = [(g, g.get_state()) for dl in self.loaders if (g := getattr(dl, 'generator', None)) is not None]
-
-    @torch.no_grad()
-    def put_back(self):
-        for name,t in _named(self.learner.model): t.copy_(self.tensors[name])
-        self.learner.opt.zero_grad()
-        self.learner.opt.load_state_dict(self.opt)
-        self.learner.history[:],self.learner.step_count = self.history,self.step_count
-        for dl,epoch in zip(self.loaders, self.epochs):
-            if epoch is not None: dl.epoch = epoch
-        for (_,write),state in zip(_generators(), self.luck): write(state)
-        for g,state in self.draws: g.set_state(state)
 
 # %% ../nbs/14_schedule.ipynb #7e5a765c
 class LRFinder(Callback):
     """Raises the learning rate with each batch until the loss explodes, then puts everything back
     ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3)"""
-    order = -100        # first: what it keeps is untouched by others
+    order,_state = -100,None        # first: what it keeps is untouched by others
     def __init__(self,
         start:float=1e-4, # learning rate of the first batch
         end:float=10., # learning rate of the last batch, unless the loss explodes before
         n:int=100, # number of batches
         worst:float=4., # stop when the smoothed loss is so many times its minimum
     ):
-        if not 0 < start < end:
-            raise ValueError(f"LRFinder: start is {start} and end is {end}, but 0 < start < end is wanted")
-        if not n>=10: raise ValueError(f"LRFinder: n is {n}, but fewer than 10 batches make no curve")
-        if not worst>1: raise ValueError(f"LRFinder: worst is {worst}, but a factor above 1 is wanted")
-        self.start,self.end,self.n,self.worst,self._kept = start,end,n,worst,None
+        self.start = check_number('LRFinder', 'start', start, above=0)
+        self.end = check_number('LRFinder', 'end', end, above=start)
+        self.n = check_number('LRFinder', 'n', n, least=10, whole=True)     # fewer make no curve
+        self.worst = check_number('LRFinder', 'worst', worst, above=1)
 
-    def before_fit(self): self.lrs,self.losses,self._average,self._kept = [],[],0.,_Kept(self.learner)
+    def before_fit(self): self.lrs,self.losses,self._average,self._state = [],[],0.,self.learner.state_dict()
+
+    def _lr(self): return self.start * (self.end/self.start)**(len(self.lrs)/(self.n-1))
 
     def before_batch(self):
-        if self.training: set_hyper(self.opt, 'lr', self.start * (self.end/self.start)**(len(self.lrs)/(self.n-1)))
+        if self.training: set_hyper(self.opt, 'lr', self._lr())
 
     def after_loss(self):
         if not self.training: return
         loss = self.loss.item()
         if not math.isfinite(loss): raise CancelFitException()
-        self.lrs.append(get_hyper(self.opt, 'lr'))
+        self.lrs.append(self._lr())
         self.losses.append(loss)
         if len(self.lrs)==self.n or self._exploded(loss): raise CancelFitException()
 
     def cleanup_fit(self):
-        if self._kept is not None: self._kept.put_back()
-        self._kept = None
+        if self._state is not None: self.learner.load_state_dict(self._state)
+        self._state = None
 
 # %% ../nbs/14_schedule.ipynb #90dfa316
 @patch
@@ -148,7 +109,7 @@ def lr_find(
     "Suggest a learning rate, by a sweep that leaves the learner as it was"
     finder = LRFinder(start, end, n)
     cbs,fresh = learner.cbs,learner.opt is None
-    learner.cbs = [cb for cb in cbs if getattr(cb, 'in_lr_find', cb.order<50)]     # the others save, stop, report
+    learner.cbs = [cb for cb in cbs if cb.in_lr_find]
     try: learner.fit(n, cbs=finder, valid=False)
     finally:
         learner.cbs = cbs
@@ -176,11 +137,11 @@ def cosine(
 # %% ../nbs/14_schedule.ipynb #343853d8
 class Schedule(Callback):
     "Sets the learning rate before each training batch, to the fit's own times `factor(pos)`; `pos` is the share done"
-    order,in_lr_find = -50,False    # early: it notes the fit's learning rate before a checkpoint is loaded
+    order,in_lr_find = -50,False
     def __init__(self,
         factor:Callable, # takes the share of the fit that is done, 0 to 1, and returns a factor for the learning rate
         mom:Callable=None, # takes the same, and returns the momentum; None leaves it alone
-    ): self.factor,self.mom_func,self.lrs,self.moms,self._before = factor,mom,[],[],{}
+    ): self.factor,self.mom_func,self.lrs,self.moms,self._mom = factor,mom,[],[],None
 
     def __call__(self,
         pos:float, # share of the fit that is done, 0 to 1
@@ -200,9 +161,9 @@ class Schedule(Callback):
 # %% ../nbs/14_schedule.ipynb #e5a1d504
 @patch
 def before_fit(self:Schedule):
-    self.lrs,self.moms,self._before = [],[],{}
-    names = ['lr'] + ['mom']*(self.mom_func is not None)
-    self._before = {name: get_hyper(self.opt, name) for name in names}
+    self.lrs,self.moms = [],[]
+    self._mom = None
+    if self.mom_func is not None: self._mom = get_hyper(self.opt, 'mom')
 
 @patch
 def before_batch(self:Schedule):
@@ -210,18 +171,34 @@ def before_batch(self:Schedule):
     if self.n_iter is None or self.iter>=self.n_iter:
         raise ValueError(f"{type(self).__name__}: this is batch {self.iter} of a loader whose length is {self.n_iter}; "
                          "a schedule must know beforehand how many batches come, so give the loader a right __len__")
-    pos = (self.epoch*self.n_iter + self.iter) / (self.n_epochs*self.n_iter)
-    set_hyper(self.opt, 'lr', self._before['lr']*self(pos))
-    if 'mom' in self._before: set_hyper(self.opt, 'mom', self.mom(pos))
+    n_steps = -(-self.n_iter//self.n_accum)         # in an epoch; a step may wait for several batches
+    pos = (self.epoch*n_steps + self.iter//self.n_accum) / (self.n_epochs*n_steps)
+    self._lr = self.fit_lr*self(pos)
+    set_hyper(self.opt, 'lr', self._lr)
+    if self.mom_func is not None: set_hyper(self.opt, 'mom', self.mom(pos))
 
 @patch
 def after_step(self:Schedule):
-    self.lrs.append(get_hyper(self.opt, 'lr'))
-    if 'mom' in self._before: self.moms.append(get_hyper(self.opt, 'mom'))
+    self.lrs.append(self._lr)
+    if self.mom_func is not None: self.moms.append(get_hyper(self.opt, 'mom'))
 
 @patch
 def cleanup_fit(self:Schedule):
-    for name,value in self._before.items(): set_hyper(self.opt, name, value)
+    set_hyper(self.opt, 'lr', self.fit_lr)
+    if self._mom is not None: set_hyper(self.opt, 'mom', self._mom)
+
+@patch
+def _plan(self:Schedule): return {'n_epochs': self.n_epochs, 'curve': [self(i/8) for i in range(9)]}
+
+@patch
+def state_dict(self:Schedule): return self._plan() | {'lrs': self.lrs, 'moms': self.moms, 'mom': self._mom}
+
+@patch
+def load_state_dict(self:Schedule, state):
+    for name,mine in self._plan().items() if self.in_fit else ():
+        if state[name]!=mine: raise ValueError(f"{type(self).__name__}: {name} was {state[name]} and is {mine} here, so the "
+                                               "learning rates would have been others from the start")
+    self.lrs,self.moms,self._mom = state['lrs'],state['moms'],state['mom']
 
 # %% ../nbs/14_schedule.ipynb #6ec44319
 @patch
@@ -238,6 +215,10 @@ def plot(self:Schedule,
     return ax
 
 # %% ../nbs/14_schedule.ipynb #31d2b7f0
+def _cycle(low, high, last, pct, curve, pos):
+    "From `low` to `high` in the first `pct` of the way, then to `last`"
+    return curve(low, high, pos/pct) if pos<pct else curve(high, last, (pos-pct)/(1-pct))
+
 class OneCycle(Schedule):
     """Up to the full learning rate, then down; momentum, if given, the other way round
     ([Smith & Topin 2018](https://arxiv.org/abs/1708.07120))"""
@@ -248,16 +229,14 @@ class OneCycle(Schedule):
         curve:Callable=linear, # `linear` or `cosine`: takes start, end and a position from 0 to 1
         moms:tuple=None, # momentum at both ends and at the top, such as (0.95, 0.85); None leaves it alone
     ):
-        if not 0 <= pct < 1:
-            raise ValueError(f"OneCycle: pct is {pct}, but a share of the fit is wanted, at least 0 and below 1")
-        if not (start>=0 and end>=0):
-            raise ValueError(f"OneCycle: start is {start} and end is {end}, but both are factors of at least 0")
-        pair = isinstance(moms, (tuple,list)) and len(moms)==2 and all(0 <= m < 1 for m in moms)
-        if moms is not None and not pair:
-            raise ValueError(f"OneCycle: moms is {moms}, but two numbers are wanted, each at least 0 and below 1")
-        def cycle(low, high, last):
-            return lambda pos: curve(low, high, pos/pct) if pos<pct else curve(high, last, (pos-pct)/(1-pct))
-        super().__init__(cycle(start, 1., end), None if moms is None else cycle(moms[0], moms[1], moms[0]))
+        pct = check_number('OneCycle', 'pct', pct, least=0, below=1)
+        start,end = (check_number('OneCycle', name, o, least=0) for name,o in (('start', start), ('end', end)))
+        if moms is not None:
+            if not isinstance(moms, (tuple,list)) or len(moms)!=2:
+                raise ValueError(f"OneCycle: moms is {moms!r}, but two numbers are wanted, such as (0.95, 0.85)")
+            low,high = (check_number('OneCycle', 'moms', m, least=0, below=1) for m in moms)
+            moms = partial(_cycle, low, high, low, pct, curve)
+        super().__init__(partial(_cycle, start, 1., end, pct, curve), moms)
 
 # %% ../nbs/14_schedule.ipynb #8642c31f
 class CosineAnneal(Schedule):
@@ -265,6 +244,4 @@ class CosineAnneal(Schedule):
     ([Loshchilov & Hutter 2017](https://arxiv.org/abs/1608.03983))"""
     def __init__(self,
         end:float=0., # factor at the end
-    ):
-        if not end>=0: raise ValueError(f"CosineAnneal: end is {end}, but a factor of at least 0 is wanted")
-        super().__init__(lambda pos: cosine(1., end, pos))
+    ): super().__init__(partial(cosine, 1., check_number('CosineAnneal', 'end', end, least=0)))

@@ -17,7 +17,7 @@ from .callbacks import MetricsCB
 from .conv import BatchNorm, ConvLayer
 from .core import check_number
 from .dataloader import DataLoader, DataLoaders
-from .learner import Callback, Learner
+from .learner import Callback, Learner, map_nested, tensors_in
 from .losses import accuracy, cross_entropy
 from .module import Flatten, Linear, Module, ReLU, Sequential
 from .optim import Optimizer
@@ -115,21 +115,25 @@ class MixedPrecisionCB(Callback):
     def _dtype(self, device): return self.dtype or (torch.float16 if device=='cuda' else torch.bfloat16)
 
     def before_fit(self):
-        device = next(iter(self.model.parameters())).device.type
+        device,self.unscaled,self.waiting = next(iter(self.model.parameters())).device.type,[],False
         if self._dtype(device)!=torch.float16: return
-        if self.scaler is None: self.scaler = torch.amp.GradScaler(device)
+        before,self.scaler = self.scaler,torch.amp.GradScaler(device)
+        if before is not None: self.scaler.load_state_dict(before.state_dict())    # its scale, but not its notes
         self.learner.backward,self.learner.step = self._backward,self._step
 
     def before_batch(self):
-        device = self.xb.device.type
+        device = tensors_in(self.xb)[0].device.type
         self.cast = torch.autocast(device, self._dtype(device))
         self.cast.__enter__()
 
     def after_pred(self):
         self._leave()
-        self.learner.preds = self.preds.float()         # the loss is computed in 4 bytes
+        def wide(t): return t.float() if t.dtype in (torch.float16,torch.bfloat16) else t
+        self.learner.preds = map_nested(wide, self.preds)       # the loss is computed in 4 bytes
 
-    def cleanup_batch(self): self._leave()              # where the batch was cancelled before
+    def cleanup_batch(self):
+        self._leave()               # where the batch was cancelled before
+        if self.waiting: self._scale_again()
 
     def cleanup_fit(self):
         for name in ('backward', 'step'): vars(self.learner).pop(name, None)
@@ -139,27 +143,48 @@ class MixedPrecisionCB(Callback):
         self.cast = None
 
 # %% ../nbs/21_speedrun.ipynb #dc641caa
-class _Groups:
+class _Scaled:
     "An optimizer as `GradScaler` wants it: with `param_groups`, which our own do not have"
-    def __init__(self, opt): self.opt,self.step,self.param_groups = opt,opt.step,[{'params': opt.params}]
+    def __init__(self, opt):
+        self.step,self.param_groups = opt.step,getattr(opt, 'param_groups', None) or [{'params': opt.params}]
 
 @patch
-def _backward(self:MixedPrecisionCB):
-    self.scaler.scale(self.loss).backward()
-    self.groups = self.opt if hasattr(self.opt, 'param_groups') else _Groups(self.opt)
-    self.scaler.unscale_(self.groups)
+def _backward(self:MixedPrecisionCB): self.scaler.scale(self.loss).backward()
+
+@patch
+def after_backward(self:MixedPrecisionCB):
+    if 'step' not in vars(self.learner): return     # bfloat16 needs no scale
+    self.unscaled.append(_Scaled(self.opt))         # a new one each time: the scaler unscales an optimizer only once
+    self.scaler.unscale_(self.unscaled[-1])
+    self.waiting = True
 
 @patch
 def _step(self:MixedPrecisionCB):
-    self.scaler.step(self.groups)       # does nothing if a gradient is infinite or nan
+    self.scaler.step(self.unscaled[-1])             # does nothing if a gradient is infinite or nan
     self.scaler.update()
+    self.unscaled,self.waiting = [],False
 
 @patch
-def state_dict(self:MixedPrecisionCB): return {'scaler': self.scaler and self.scaler.state_dict()}
+@torch.no_grad()
+def _scale_again(self:MixedPrecisionCB):
+    "Another callback has cancelled the step: the gradients wait for those of the next batch, which will be scaled"
+    for p in (p for g in self.unscaled[-1].param_groups for p in g['params']):
+        if p.grad is not None: p.grad *= self.scaler.get_scale()
+    self.waiting = False
+
+# %% ../nbs/21_speedrun.ipynb #4e71e673
+@patch
+def state_dict(self:MixedPrecisionCB):
+    return {'dtype': str(self.dtype), 'scaler': self.scaler and self.scaler.state_dict()}
 
 @patch
 def load_state_dict(self:MixedPrecisionCB, state):
+    if state['dtype']!=str(self.dtype):
+        raise ValueError(f"MixedPrecisionCB: dtype was {state['dtype']} and is {self.dtype} here")
+    active = 'step' in vars(self.learner)
+    self.scaler = torch.amp.GradScaler(next(iter(self.model.parameters())).device.type) if state['scaler'] or active else None
     if state['scaler']: self.scaler.load_state_dict(state['scaler'])
+    self.unscaled = []
 
 # %% ../nbs/21_speedrun.ipynb #b393767e
 def bfloat16_is_fast()->bool:
