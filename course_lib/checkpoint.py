@@ -65,7 +65,7 @@ class CheckpointCB(Callback):
     def __init__(self,
         path, # folder for the checkpoints of one run
         every:int=None, # save after so many steps too, not only after each epoch
-        keep:int=2, # so many of the newest are kept
+        keep:int=2, # so many of the newest are kept, of each fit
         monitor:str=None, # name in the history; the epoch where it was best is kept as best-….pt
         mode:str='min', # 'min' if a lower `monitor` is better, 'max' if higher
         resume:bool=False, # go on from the newest checkpoint in the folder, if there is one?
@@ -78,8 +78,8 @@ class CheckpointCB(Callback):
 
     def files(self)->list: # of Paths
         "The checkpoints in the folder, oldest first; the best one is not among them"
-        found = [o for o in self.path.glob('step-*.pt') if re.fullmatch(r'step-\d{8,}-[0-9a-f]{8}\.pt', o.name)]
-        return sorted(found, key=lambda o: (int(o.name.split('-')[1]), o.stat().st_mtime_ns))
+        found = [o for o in self.path.glob('step-*.pt') if re.fullmatch(r'step-\d{8,}-fit-\d+-[0-9a-f]{8}\.pt', o.name)]
+        return sorted(found, key=lambda o: (_fit(o), _steps(o), o.stat().st_mtime_ns))
 
     def before_epoch(self):
         if self.place is None: self._save()         # where the fit begins
@@ -98,17 +98,20 @@ class CheckpointCB(Callback):
         if self.place!=self._place(): self._save()
 
 # %% ../nbs/15_checkpoint.ipynb #e2f8cb9d
+def _steps(path): return int(path.name.split('-')[1])       # step-00000052-fit-1-1a2b3c4d.pt
+def _fit(path): return int(path.name.split('-')[3])
+
 @patch
 def _place(self:CheckpointCB): return self.step_count, self.pass_no+self.pass_over
 
 @patch
 def _save(self:CheckpointCB, name='step'):
     "Write a checkpoint, and remove those that it makes superfluous"
-    state = {'learner': self.learner.state_dict(), 'best': self.best}
-    new = _write(state, self.path, f'{name}-{self.step_count:08}')
+    state,n = {'learner': self.learner.state_dict(), 'best': self.best},len(self.fits)
+    new = _write(state, self.path, f'{name}-{self.step_count:08}-fit-{n}')
     if name=='best': old = [o for o in self.path.glob('best-*.pt') if o!=new]
     else:
-        old = self.files()[:-self.keep]
+        old = [o for o in self.files() if _fit(o)==n][:-self.keep]
         self.place = self._place()
         self.mine.add(new.name)
     for o in old: o.unlink(missing_ok=True)
@@ -124,8 +127,9 @@ def before_fit(self:CheckpointCB):
     for o in self.path.glob('*.part'): o.unlink(missing_ok=True)        # cut off when the process was killed
     self.place,found = None,self.files()
     if not found: return
-    if self.resume: self._go_on(*self._newest(found))
-    elif found[-1].name not in self.mine:
+    newest = found[-1]
+    if self.resume: self._go_on(found)
+    elif newest.name not in self.mine or _steps(newest)>self.step_count:
         raise FileExistsError(f"CheckpointCB: {self.path} holds checkpoints of another fit; resume=True goes on with it, "
                               "or take another folder")
 
@@ -148,37 +152,35 @@ def _newest(self:CheckpointCB, found):
 
 # %% ../nbs/15_checkpoint.ipynb #0848915f
 @patch
-def _go_on(self:CheckpointCB, name, state):
-    "Take over a checkpoint, or say why there is nothing to do, or why it cannot be done"
+def _go_on(self:CheckpointCB, found):
+    "Take over the newest checkpoint of this fit, or let a new fit begin, or say why neither can be done"
     learn = self.learner
+    here = learn.fits + [learn._plan()] if learn._resume is None else learn.fits        # this fit is the last one
+    name,state = self._newest([o for o in found if _fit(o)==len(here)] or found)
     try:
-        saved,at = state['learner'],state['learner']['position']
-        here,fits = [*learn.fits, learn._plan()],saved['fits']      # this fit is the last one here; is it the last one saved?
-        if len(fits)<len(here) and name in self.mine: return        # a new fit of the same learner begins
-        _check_fits(fits, here, at)
-        if len(fits)>len(here): saved['callbacks'] = learn.state_dict()['callbacks']    # a later fit may have others
-        learn.load_state_dict(saved)
+        saved,at,is_last = state['learner'],state['learner']['position'],_fit(found[-1])==len(here)
+        is_new = saved['fits']==here[:-1]
+        if not is_new:
+            _check_fits(saved['fits'], here, at, is_last)
+            learn.load_state_dict(saved)
     except (ValueError,KeyError,TypeError,AttributeError,IndexError) as e:
         raise CheckpointError(f"{name} does not fit, and nothing was loaded. {e}. Ask for the fit that it is of, or take "
                               "another folder") from e
-    self.best,self.place = state['best'],(saved['step_count'], at['pass_no'])
+    self.best = state['best']
+    if is_new: return
     self.mine.add(name)
-    if len(fits)>len(here):
-        print(f"CheckpointCB: fit {len(here)} is done; {name} is of fit {len(fits)}")
-        learn.fits[:],learn._resume = fits[:len(here)],None
-        raise CancelFitException
+    self.place = saved['step_count'], at['pass_no']
     if at['pass_no']==self.n_epochs*len(self.passes): print(f"CheckpointCB: nothing is left to do after {name}")
     else: print(f"CheckpointCB: goes on after {saved['step_count']} steps, from {name}")
 
-def _check_fits(saved, here, at):
+def _check_fits(saved, here, at, is_last):
     "Raise a ValueError unless the fits of a learner, up to this one, are those that were saved, and this one can go on"
-    if len(saved)<len(here): raise ValueError(f"it is of fit {len(saved)} of its learner, and this is fit {len(here)}")
-    last = len(here)==len(saved)
+    if len(saved)!=len(here): raise ValueError(f"It is of fit {len(saved)} of its learner, and this is fit {len(here)}")
     for i,(a,b) in enumerate(zip(saved, here)):
-        if last and i==len(here)-1: a = {**a, 'n_epochs': b['n_epochs']}       # more epochs may be asked for
+        if is_last and i==len(here)-1: a = {**a, 'n_epochs': b['n_epochs']}       # more epochs may be asked for
         if told := _differences(a, b): raise ValueError(f"Fit {i+1}: {told}")
     n_passes = len(here[-1]['passes'])
-    if last and at['pass_no'] + bool(at['batches_done']) > here[-1]['n_epochs']*n_passes:
+    if at['pass_no'] + bool(at['batches_done']) > here[-1]['n_epochs']*n_passes:
         raise ValueError(f"{at['pass_no']/n_passes:g} epochs are done, and only {here[-1]['n_epochs']} asked for")
 
 # %% ../nbs/15_checkpoint.ipynb #13e035e6

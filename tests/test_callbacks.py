@@ -6,7 +6,6 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from course_lib.callbacks import GradClip, ProgressCB, SetupLearnerCB, TrackResults
-from course_lib.checkpoint import _pack, _unpack
 from course_lib.core import set_seed
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
 from course_lib.learner import Learner
@@ -40,17 +39,6 @@ def test_sample_weighted(n, bs):
     preds,targs = learn.get_preds()
     assert track.results()[0] == pytest.approx(accuracy(preds, targs).item(), abs=1e-5)
     assert track.results('loss')[0] == pytest.approx(F.cross_entropy(preds, targs).item(), abs=1e-5)
-
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-                      lambda o: st.lists(o, max_size=3) | st.tuples(o, o) | st.dictionaries(st.text(max_size=4), o, max_size=3)
-                      | st.dictionaries(st.integers(0, 9), o, max_size=3), max_leaves=15)
-
-@settings(deadline=None, max_examples=100)
-@given(values)
-def test_pack_and_back(value):
-    import json
-    back = _unpack(json.loads(json.dumps(_pack(value, {}))), {})
-    assert back==value and repr(back)==repr(value)
 
 def test_predict_before_any_fit():
     "The input transform applies without a fit, and where there are no targets"

