@@ -177,8 +177,11 @@ def _settings(self:DataLoader):
 def _standing(self:DataLoader):
     "The state between two loops: position 0, or a state that was loaded (see below)"
     settings,s = self._settings(),self._loaded
-    if s and (s['epoch'],s['n'])==(self.epoch,settings['n']): return dict(s)
-    return dict(epoch=self.epoch, position=0, draw=None, **settings)
+    if not s or s['epoch']!=self.epoch: return dict(epoch=self.epoch, position=0, draw=None, **settings)
+    if s['n']!=settings['n'] and s['position']: raise ValueError(
+        f"DataLoader: the state that was loaded is in the middle of {s['n']} items, and the dataset has {settings['n']} "
+        "now; load a state that fits, or begin the epoch anew: dl.epoch -= 1")
+    return s | {'n': settings['n']}
 
 # %% ../nbs/02_dataloader.ipynb #26351a08
 _one_begins = threading.RLock()     # of two threads, one is the first to begin a loop
@@ -259,16 +262,18 @@ def state_dict(self:DataLoader)->dict: # epochs begun, batches handed out of thi
     if not self._under_way(): return self._standing()
     return self._state | {'epoch': self._state['epoch'] - (not self._state['position'])}
 
-
 @patch
 def load_state_dict(self:DataLoader,
     state:dict, # what `state_dict` of a loader with the same settings returned; the number of workers may differ
 ):
     "Go on from `state` in the next loop; if it does not fit, a ValueError names each difference, and nothing changes"
     if self._under_way(): raise RuntimeError("load_state_dict: a loop over this loader is under way; end it first")
-    here,whole = self._standing(),partial(check_number, 'load_state_dict', whole=True)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"load_state_dict: got a {type(state).__name__}, but what state_dict returned is wanted, a dict")
+    settings,whole = self._settings(),partial(check_number, 'load_state_dict', whole=True)
+    here = dict(epoch=0, position=0, draw=None, **settings)
     wrong = [f'{k} is missing' for k in here if k not in state] + [f'{k} is unknown' for k in state if k not in here]
-    wrong += [f'{k} was {state[k]!r} and is {v!r} here' for k,v in self._settings().items() if state.get(k, v)!=v]
+    wrong += [f'{k} was {state[k]!r} and is {v!r} here' for k,v in settings.items() if state.get(k, v)!=v]
     if wrong: raise ValueError(f"load_state_dict: the state does not fit this loader: {', '.join(wrong)}")
     here['position'] = whole('position', state['position'], least=0, below=len(self)+1)
     here['epoch'] = whole('epoch', state['epoch'], least=int(here['position']>0))
@@ -282,7 +287,12 @@ class DataLoaders:
     def __init__(self,
         train, # `DataLoader` (or PyTorch's) to learn from
         valid, # the same, to be judged by
-    ): self.train,self.valid = train,valid
+    ):
+        self.train,self.valid = train,valid
+        ours,theirs = map(_classes, (train, valid))
+        if ours and theirs and ours!=theirs: raise ValueError(
+            f"DataLoaders: the classes are {_few(ours)} for training, and {_few(theirs)} for validation, so one number "
+            "would mean two of them; make the second dataset with the classes of the first")
 
     @classmethod
     def from_datasets(cls,
@@ -303,12 +313,17 @@ class DataLoaders:
     c = property(lambda self: _n_classes(self.train_ds), doc="The number of classes")
     def __repr__(self): return f'train: {self.train}\nvalid: {self.valid}'
 
-# %% ../nbs/02_dataloader.ipynb #09f13f68
 def _dataset(dl):
     "The dataset of a loader, ours or PyTorch's"
     for name in ('ds', 'dataset'):
         if hasattr(dl, name): return getattr(dl, name)
     raise TypeError(f"DataLoaders: a {type(dl).__name__} has no dataset; use a DataLoader")
+
+def _classes(dl):
+    "The names of the classes that a loader's dataset knows, if any"
+    ds = getattr(dl, 'ds', getattr(dl, 'dataset', None))
+    while isinstance(ds, torch_data.Subset): ds = ds.dataset
+    return list(getattr(ds, 'classes', ()))
 
 def _n_classes(ds):
     "How many classes a dataset has: it says so, or its largest target tells"
@@ -319,8 +334,9 @@ def _n_classes(ds):
     try: targs = y if isinstance(y, Tensor) else torch.as_tensor(np.array(y))
     except (TypeError, ValueError): targs = torch.empty(0)      # texts, None, lists of different lengths
     if targs.numel() and not (targs.is_floating_point() or targs.is_complex()): return int(targs.max())+1
-    raise TypeError(f"DataLoaders: cannot tell the number of classes from targets that are {_kind(y)}; whole numbers "
-                    "are needed, or an attribute `c` or `classes` of the dataset")
+    what = f"a {type(ds).__name__} without targets `y`" if y is None else f"targets that are {_kind(y)}"
+    raise TypeError(f"DataLoaders: cannot tell the number of classes from {what}; whole numbers in `y` are needed, or "
+                    "an attribute `c` or `classes` of the dataset")
 
 # %% ../nbs/02_dataloader.ipynb #4b70eb72
 def _statistic(a):
@@ -411,13 +427,15 @@ class _Engine(torch_data.DataLoader):
         "The batches of `jobs`, in order"
         self.sampler.jobs = jobs
         for batch in self:
-            if isinstance(batch, BatchError): raise batch
+            if isinstance(batch, BatchError):
+                try: raise batch
+                finally: del batch      # or the error, by its traceback, would keep itself and the loader alive
             yield batch
 
 @patch
 def _batches_by_workers(self:DataLoader, jobs):
     "Batches made by workers, which end with the loader; another dataset, `collate` or number of them means new ones"
-    made_of = id(self.ds),id(self.collate),self.n_workers,os.getpid()
+    made_of = id(self.ds),len(self.ds),id(self.collate),self.n_workers,os.getpid()
     if self._engine is None or self._engine.made_of!=made_of:
         if self._engine is not None: self._engine.close()
         self._engine = _Engine(self.ds, self.collate, self.n_workers)
@@ -443,6 +461,7 @@ def _how_to_start(): return mp.get_start_method(allow_none=True) or ('fork' if s
 
 def _begin_work(i):
     "What a worker does first"
+    getattr(sys.modules.get('concurrent.futures.thread'), '_threads_queues', {}).clear()    # threads that are not here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_default_device(None)      # batches are made on the CPU
@@ -466,8 +485,9 @@ def workers(self:_Engine): return [] if self._iterator is None else self._iterat
 @patch
 def end(self:_Engine):
     "End the workers of this process; PyTorch gives those that are busy 5 s, then it kills them"
-    if self.workers() and self.made_of[-1]==os.getpid(): self._iterator._shutdown_workers()
-    self._iterator = None
+    if not self.workers(): return
+    if self.made_of[-1]==os.getpid(): self._iterator._shutdown_workers()
+    self._iterator._shutdown,self._iterator = True,None     # True: in a fork, PyTorch would end those of the other process
 
 def _why(e, worker=None):
     "What happened, to a worker perhaps, and what to do about it"
