@@ -65,7 +65,8 @@ def collate(
     if all_are(Number, np.generic): return torch.tensor(items)
     if all_are(Mapping):
         if odd := set().union(*items) - set(first).intersection(*items):
-            raise ValueError(f"collate: items have different keys; not all have {', '.join(sorted(map(repr, odd))[:4])}")
+            raise ValueError("collate: items have different keys; not all have "
+                             f"{', '.join(sorted(map(repr, odd))[:4])}")
         batch = copy.copy(first) if isinstance(first, MutableMapping) else {}       # an OrderedDict stays one
         batch.update({k: collate([o[k] for o in items]) for k in first})
         return batch
@@ -75,8 +76,8 @@ def collate(
         make = getattr(first, '_make', tuple if isinstance(first, tuple) else list)         # _make: a namedtuple's
         return make(collate(list(o)) for o in zip(*items))
     kinds = ', '.join(sorted({type(o).__name__ for o in items}))
-    raise TypeError(f"collate: no rule for a batch of {kinds}; items must be alike. Turn them into tensors in the dataset, "
-                    "or give the DataLoader a collate function of your own")
+    raise TypeError(f"collate: no rule for a batch of {kinds}; items must be alike. Turn them into tensors in the "
+                    "dataset, or give the DataLoader a collate function of your own")
 
 # %% ../nbs/02_dataloader.ipynb #bd8a79cb
 def _mix(*numbers):
@@ -179,8 +180,8 @@ def _standing(self:DataLoader):
     settings,s = self._settings(),self._loaded
     if not s or s['epoch']!=self.epoch: return dict(epoch=self.epoch, position=0, draw=None, **settings)
     if s['n']!=settings['n'] and s['position']: raise ValueError(
-        f"DataLoader: the state that was loaded is in the middle of {s['n']} items, and the dataset has {settings['n']} "
-        "now; load a state that fits, or begin the epoch anew: dl.epoch -= 1")
+        f"DataLoader: the state that was loaded is in the middle of {s['n']} items, and the dataset has "
+        f"{settings['n']} now; load a state that fits, or begin the epoch anew: dl.epoch -= 1")
     return s | {'n': settings['n']}
 
 # %% ../nbs/02_dataloader.ipynb #26351a08
@@ -323,7 +324,8 @@ def _classes(dl):
     "The names of the classes that a loader's dataset knows, if any"
     ds = getattr(dl, 'ds', getattr(dl, 'dataset', None))
     while isinstance(ds, torch_data.Subset): ds = ds.dataset
-    return list(getattr(ds, 'classes', ()))
+    classes = getattr(ds, 'classes', None)
+    return [] if classes is None else list(map(str, classes))
 
 def _n_classes(ds):
     "How many classes a dataset has: it says so, or its largest target tells"
@@ -480,7 +482,9 @@ def guarded(self:_Engine, jobs):
         raise
 
 @patch
-def workers(self:_Engine): return [] if self._iterator is None else self._iterator._workers
+def workers(self:_Engine):
+    "The worker processes"
+    return [] if self._iterator is None else self._iterator._workers
 
 @patch
 def end(self:_Engine):

@@ -655,6 +655,8 @@ def test_loaders_whose_classes_have_other_numbers_are_refused():
         for make in DataLoaders.from_datasets, lambda *dss: DataLoaders(*map(DataLoader, dss)), lambda *dss: DataLoaders(*map(torch_data.DataLoader, dss)):
             with pytest.raises(ValueError, match='the classes are a, b, c for training, and .* for validation.*classes of the first'): make(abc, valid)
     for valid in Named('a', 'b', 'c'), torch_data.Subset(abc, [1]), Numbers(): assert DataLoaders.from_datasets(abc, valid).c==3
+    nameless,array = Named(),Named(); nameless.classes,array.classes = None,np.array(['a', 'b', 'c'])
+    for valid in nameless, array: assert DataLoaders.from_datasets(abc, valid).c==3
 
 @pytest.mark.parametrize('kind,same', [(lambda d: OrderedDict(d), True), (lambda d: defaultdict(int, d), True), (MappingProxyType, False)])
 def test_mappings_keep_their_type(kind, same):
