@@ -225,7 +225,7 @@ def _made(self:DataLoader, s, here=False):
 # %% ../nbs/02_dataloader.ipynb #e3504476
 def _tensor_batches(t, bs, order, start, end):
     "Batches of the tensor `t`: slices of it, or picked in `order`"
-    some = bs * (32 if order is None else max(1, 2**20//max(1, t[:1].nbytes*bs)))       # whole batches, about a MB of them
+    some = bs * (32 if order is None else max(1, 2**20//max(1, t[:1].nbytes*bs)))   # whole batches, about a MB of them
     if order is not None: order = order.to(t.device)
     for i in range(start, end, some):
         j = min(i+some, end)

@@ -162,6 +162,12 @@ def test_numbers_of_any_make(tmp_path, number):
     assert resnet18(number(3), number(10), nf=number(32))(torch.zeros(2,3,32,32)).shape==(2,10)     # 8*32 is no uint8
     assert simple_cnn(number(3), number(10))(torch.zeros(2,3,32,32)).shape==(2,10)
 
+@pytest.mark.parametrize('i,error', [(slice(1), TypeError), ([0], TypeError), (0.5, TypeError), (None, TypeError), (1, IndexError), (-2, IndexError)], ids=str)
+def test_a_number_that_is_none_is_not_the_fault_of_the_file(tmp_path, i, error):
+    ds = ImageDataset([save(tmp_path/'a', '0.png', np.zeros((4,4), np.uint8))], size=4)
+    with pytest.raises(error): ds[i]
+    assert torch.equal(ds[-1][0], ds[0][0]) and len(list(ds))==1
+
 @pytest.mark.parametrize('bad', [dict(size=0), dict(size=-1), dict(size=True), dict(size='64'), dict(size=None), dict(mode='rgb'), dict(mode='RGBA'), dict(mode=None),
                                  dict(dtype=torch.int64), dict(dtype=torch.bool)], ids=str)
 def test_what_makes_no_dataset_is_refused_at_once(bad):
