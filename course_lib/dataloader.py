@@ -270,7 +270,7 @@ def load_state_dict(self:DataLoader,
     "Go on from `state` in the next loop; if it does not fit, a ValueError names each difference, and nothing changes"
     if self._under_way(): raise RuntimeError("load_state_dict: a loop over this loader is under way; end it first")
     if not isinstance(state, Mapping):
-        raise ValueError(f"load_state_dict: got a {type(state).__name__}, but what state_dict returned is wanted, a dict")
+        raise ValueError(f"load_state_dict: got a {type(state).__name__}, but a dict is wanted, as state_dict returned")
     settings,whole = self._settings(),partial(check_number, 'load_state_dict', whole=True)
     here = dict(epoch=0, position=0, draw=None, **settings)
     wrong = [f'{k} is missing' for k in here if k not in state] + [f'{k} is unknown' for k in state if k not in here]
@@ -491,12 +491,13 @@ def end(self:_Engine):
     "End the workers of this process; PyTorch gives those that are busy 5 s, then it kills them"
     if not self.workers(): return
     if self.made_of[-1]==os.getpid(): self._iterator._shutdown_workers()
-    self._iterator._shutdown,self._iterator = True,None     # True: in a fork, PyTorch would end those of the other process
+    self._iterator._shutdown,self._iterator = True,None     # True, or in a fork PyTorch would end its parent's workers
 
 def _why(e, worker=None):
     "What happened, to a worker perhaps, and what to do about it"
     if not worker: return f"DataLoader: {type(e).__name__}: {e}"
-    how = 'was killed ({})'.format(signal.Signals(-worker[1]).name) if worker[1]<0 else f'ended with exit code {worker[1]}'
-    return (f"DataLoader: worker {worker[0]} {how} before its batch was ready. If memory ran out, use fewer workers or "
+    i,code = worker
+    how = f'was killed ({signal.Signals(-code).name})' if code<0 else f'ended with exit code {code}'
+    return (f"DataLoader: worker {i} {how} before its batch was ready. If memory ran out, use fewer workers or "
             "smaller batches. n_workers=0 shows an error where it happens. Unless processes are forked, the dataset's "
             "class must be in a module, and what a script does under: if __name__ == '__main__'")
