@@ -65,7 +65,8 @@ def collate(
     if all_are(Number, np.generic): return torch.tensor(items)
     if all_are(Mapping):
         if odd := set().union(*items) - set(first).intersection(*items):
-            raise ValueError(f"collate: items have different keys; not all have {', '.join(sorted(map(repr, odd))[:4])}")
+            raise ValueError("collate: items have different keys; not all have "
+                             f"{', '.join(sorted(map(repr, odd))[:4])}")
         batch = copy.copy(first) if isinstance(first, MutableMapping) else {}       # an OrderedDict stays one
         batch.update({k: collate([o[k] for o in items]) for k in first})
         return batch
@@ -75,8 +76,8 @@ def collate(
         make = getattr(first, '_make', tuple if isinstance(first, tuple) else list)         # _make: a namedtuple's
         return make(collate(list(o)) for o in zip(*items))
     kinds = ', '.join(sorted({type(o).__name__ for o in items}))
-    raise TypeError(f"collate: no rule for a batch of {kinds}; items must be alike. Turn them into tensors in the dataset, "
-                    "or give the DataLoader a collate function of your own")
+    raise TypeError(f"collate: no rule for a batch of {kinds}; items must be alike. Turn them into tensors in the "
+                    "dataset, or give the DataLoader a collate function of your own")
 
 # %% ../nbs/02_dataloader.ipynb #bd8a79cb
 def _mix(*numbers):
@@ -177,8 +178,11 @@ def _settings(self:DataLoader):
 def _standing(self:DataLoader):
     "The state between two loops: position 0, or a state that was loaded (see below)"
     settings,s = self._settings(),self._loaded
-    if s and (s['epoch'],s['n'])==(self.epoch,settings['n']): return dict(s)
-    return dict(epoch=self.epoch, position=0, draw=None, **settings)
+    if not s or s['epoch']!=self.epoch: return dict(epoch=self.epoch, position=0, draw=None, **settings)
+    if s['n']!=settings['n'] and s['position']: raise ValueError(
+        f"DataLoader: the state that was loaded is in the middle of {s['n']} items, and the dataset has "
+        f"{settings['n']} now; load a state that fits, or begin the epoch anew: dl.epoch -= 1")
+    return s | {'n': settings['n']}
 
 # %% ../nbs/02_dataloader.ipynb #26351a08
 _one_begins = threading.RLock()     # of two threads, one is the first to begin a loop
@@ -221,7 +225,7 @@ def _made(self:DataLoader, s, here=False):
 # %% ../nbs/02_dataloader.ipynb #e3504476
 def _tensor_batches(t, bs, order, start, end):
     "Batches of the tensor `t`: slices of it, or picked in `order`"
-    some = bs * (32 if order is None else max(1, 2**20//max(1, t[:1].nbytes*bs)))       # whole batches, about a MB of them
+    some = bs * (32 if order is None else max(1, 2**20//max(1, t[:1].nbytes*bs)))   # whole batches, about a MB of them
     if order is not None: order = order.to(t.device)
     for i in range(start, end, some):
         j = min(i+some, end)
@@ -259,16 +263,18 @@ def state_dict(self:DataLoader)->dict: # epochs begun, batches handed out of thi
     if not self._under_way(): return self._standing()
     return self._state | {'epoch': self._state['epoch'] - (not self._state['position'])}
 
-
 @patch
 def load_state_dict(self:DataLoader,
     state:dict, # what `state_dict` of a loader with the same settings returned; the number of workers may differ
 ):
     "Go on from `state` in the next loop; if it does not fit, a ValueError names each difference, and nothing changes"
     if self._under_way(): raise RuntimeError("load_state_dict: a loop over this loader is under way; end it first")
-    here,whole = self._standing(),partial(check_number, 'load_state_dict', whole=True)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"load_state_dict: got a {type(state).__name__}, but a dict is wanted, as state_dict returned")
+    settings,whole = self._settings(),partial(check_number, 'load_state_dict', whole=True)
+    here = dict(epoch=0, position=0, draw=None, **settings)
     wrong = [f'{k} is missing' for k in here if k not in state] + [f'{k} is unknown' for k in state if k not in here]
-    wrong += [f'{k} was {state[k]!r} and is {v!r} here' for k,v in self._settings().items() if state.get(k, v)!=v]
+    wrong += [f'{k} was {state[k]!r} and is {v!r} here' for k,v in settings.items() if state.get(k, v)!=v]
     if wrong: raise ValueError(f"load_state_dict: the state does not fit this loader: {', '.join(wrong)}")
     here['position'] = whole('position', state['position'], least=0, below=len(self)+1)
     here['epoch'] = whole('epoch', state['epoch'], least=int(here['position']>0))
@@ -282,7 +288,12 @@ class DataLoaders:
     def __init__(self,
         train, # `DataLoader` (or PyTorch's) to learn from
         valid, # the same, to be judged by
-    ): self.train,self.valid = train,valid
+    ):
+        self.train,self.valid = train,valid
+        ours,theirs = map(_classes, (train, valid))
+        if ours and theirs and ours!=theirs: raise ValueError(
+            f"DataLoaders: the classes are {_few(ours)} for training, and {_few(theirs)} for validation, so one number "
+            "would mean two of them; make the second dataset with the classes of the first")
 
     @classmethod
     def from_datasets(cls,
@@ -303,12 +314,18 @@ class DataLoaders:
     c = property(lambda self: _n_classes(self.train_ds), doc="The number of classes")
     def __repr__(self): return f'train: {self.train}\nvalid: {self.valid}'
 
-# %% ../nbs/02_dataloader.ipynb #09f13f68
 def _dataset(dl):
     "The dataset of a loader, ours or PyTorch's"
     for name in ('ds', 'dataset'):
         if hasattr(dl, name): return getattr(dl, name)
     raise TypeError(f"DataLoaders: a {type(dl).__name__} has no dataset; use a DataLoader")
+
+def _classes(dl):
+    "The names of the classes that a loader's dataset knows, if any"
+    ds = getattr(dl, 'ds', getattr(dl, 'dataset', None))
+    while isinstance(ds, torch_data.Subset): ds = ds.dataset
+    classes = getattr(ds, 'classes', None)
+    return [] if classes is None else list(map(str, classes))
 
 def _n_classes(ds):
     "How many classes a dataset has: it says so, or its largest target tells"
@@ -319,8 +336,9 @@ def _n_classes(ds):
     try: targs = y if isinstance(y, Tensor) else torch.as_tensor(np.array(y))
     except (TypeError, ValueError): targs = torch.empty(0)      # texts, None, lists of different lengths
     if targs.numel() and not (targs.is_floating_point() or targs.is_complex()): return int(targs.max())+1
-    raise TypeError(f"DataLoaders: cannot tell the number of classes from targets that are {_kind(y)}; whole numbers "
-                    "are needed, or an attribute `c` or `classes` of the dataset")
+    what = f"a {type(ds).__name__} without targets `y`" if y is None else f"targets that are {_kind(y)}"
+    raise TypeError(f"DataLoaders: cannot tell the number of classes from {what}; whole numbers in `y` are needed, or "
+                    "an attribute `c` or `classes` of the dataset")
 
 # %% ../nbs/02_dataloader.ipynb #4b70eb72
 def _statistic(a):
@@ -411,13 +429,15 @@ class _Engine(torch_data.DataLoader):
         "The batches of `jobs`, in order"
         self.sampler.jobs = jobs
         for batch in self:
-            if isinstance(batch, BatchError): raise batch
+            if isinstance(batch, BatchError):
+                try: raise batch
+                finally: del batch      # or the error, by its traceback, would keep itself and the loader alive
             yield batch
 
 @patch
 def _batches_by_workers(self:DataLoader, jobs):
     "Batches made by workers, which end with the loader; another dataset, `collate` or number of them means new ones"
-    made_of = id(self.ds),id(self.collate),self.n_workers,os.getpid()
+    made_of = id(self.ds),len(self.ds),id(self.collate),self.n_workers,os.getpid()
     if self._engine is None or self._engine.made_of!=made_of:
         if self._engine is not None: self._engine.close()
         self._engine = _Engine(self.ds, self.collate, self.n_workers)
@@ -443,6 +463,7 @@ def _how_to_start(): return mp.get_start_method(allow_none=True) or ('fork' if s
 
 def _begin_work(i):
     "What a worker does first"
+    getattr(sys.modules.get('concurrent.futures.thread'), '_threads_queues', {}).clear()    # threads that are not here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_default_device(None)      # batches are made on the CPU
@@ -461,18 +482,22 @@ def guarded(self:_Engine, jobs):
         raise
 
 @patch
-def workers(self:_Engine): return [] if self._iterator is None else self._iterator._workers
+def workers(self:_Engine):
+    "The worker processes"
+    return [] if self._iterator is None else self._iterator._workers
 
 @patch
 def end(self:_Engine):
     "End the workers of this process; PyTorch gives those that are busy 5 s, then it kills them"
-    if self.workers() and self.made_of[-1]==os.getpid(): self._iterator._shutdown_workers()
-    self._iterator = None
+    if not self.workers(): return
+    if self.made_of[-1]==os.getpid(): self._iterator._shutdown_workers()
+    self._iterator._shutdown,self._iterator = True,None     # True, or in a fork PyTorch would end its parent's workers
 
 def _why(e, worker=None):
     "What happened, to a worker perhaps, and what to do about it"
     if not worker: return f"DataLoader: {type(e).__name__}: {e}"
-    how = 'was killed ({})'.format(signal.Signals(-worker[1]).name) if worker[1]<0 else f'ended with exit code {worker[1]}'
-    return (f"DataLoader: worker {worker[0]} {how} before its batch was ready. If memory ran out, use fewer workers or "
+    i,code = worker
+    how = f'was killed ({signal.Signals(-code).name})' if code<0 else f'ended with exit code {code}'
+    return (f"DataLoader: worker {i} {how} before its batch was ready. If memory ran out, use fewer workers or "
             "smaller batches. n_workers=0 shows an error where it happens. Unless processes are forked, the dataset's "
             "class must be in a module, and what a script does under: if __name__ == '__main__'")

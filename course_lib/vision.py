@@ -9,6 +9,7 @@ __all__ = ['imagenette_or_fashion', 'folder_label', 'val2idx', 'split_files', 'l
 # %% ../nbs/16_vision.ipynb #854b4a10
 import os, unicodedata
 from collections.abc import Callable, Iterable
+from operator import index
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
@@ -125,9 +126,10 @@ class ImageDataset:
     def __getitem__(self,
         i:int, # number of a file
     )->tuple: # image (3 or 1, size, size), and the number of its class
-        try: x = image_bytes(load_image(self.files[i], self.size, self.mode))
+        f = self.files[index(i)]
+        try: x = image_bytes(load_image(f, self.size, self.mode))
         except Exception as e:      # Pillow raises many kinds
-            raise ImageError(f"ImageDataset: {self.files[i]} cannot be read as an image ({type(e).__name__}: {e}); "
+            raise ImageError(f"ImageDataset: {f} cannot be read as an image ({type(e).__name__}: {e}); "
                              "fetch that file again, or leave it out") from e
         return (x if self.dtype==torch.uint8 else x.to(self.dtype).div_(255)), int(self.y[i])
 

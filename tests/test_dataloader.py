@@ -247,6 +247,19 @@ def test_a_loader_works_in_another_thread():
     with ThreadPoolExecutor(1) as pool: there = pool.submit(lambda: list(DataLoader(Numbers(), bs=8, n_workers=2, seed=1))).result()
     assert equal(there, list(DataLoader(Numbers(), bs=8, seed=1)))
 
+@posix
+def test_workers_that_were_begun_in_a_pool_of_threads_end_well():
+    "At its end, Python waits for the pool's threads; a forked worker is one of them"
+    with ThreadPoolExecutor(2) as pool:
+        dl = DataLoader(Numbers(), bs=8, n_workers=2, seed=1)
+        got = pool.submit(lambda: list(dl)).result()
+    assert equal(got, list(DataLoader(Numbers(), bs=8, seed=1)))
+    processes = dl._engine.workers()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        del dl
+        assert [p.exitcode for p in processes]==[0, 0]
+
 # ---- stop, and go on ----
 
 @given(n=st.integers(0, 40), bs=st.integers(1, 15), shuffle=st.booleans(), drop_last=st.booleans(), seed=st.none() | st.integers(0, 2**70),
@@ -297,6 +310,28 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     loop = iter(dl); next(loop)
     with pytest.raises(RuntimeError, match='load_state_dict: a loop over this loader is under way'): dl.load_state_dict(state)
     assert len(list(loop))==6
+
+@pytest.mark.parametrize('n_workers', [0, 2])
+def test_an_epoch_that_was_loaded_is_not_finished_with_another_number_of_items(n_workers):
+    items = list(range(20))
+    dl = DataLoader(items, bs=4, shuffle=True, n_workers=n_workers, seed=1)
+    loop = iter(dl); next(loop); state = dl.state_dict(); loop.close()
+    dl.load_state_dict(state)
+    items.append(20)
+    for f in dl.state_dict, dl.one_batch, lambda: list(dl):
+        with pytest.raises(ValueError, match='loaded is in the middle of 20 items, and the dataset has 21 now; .*dl.epoch -= 1'): f()
+    with pytest.raises(ValueError, match='n was 20 and is 21 here'): dl.load_state_dict(state)
+    dl.epoch -= 1                                                   # the remedy
+    assert sorted(torch.cat(list(dl)).tolist())==items and dl.epoch==1
+    dl.load_state_dict(dl.state_dict())                             # between two epochs, any number will do
+    items.append(21)
+    assert sorted(torch.cat(list(dl)).tolist())==items and dl.epoch==2
+
+@pytest.mark.parametrize('state', [None, 3, [], 'epoch', [('epoch', 0)], {}, {'epoch': 0}], ids=str)
+def test_what_is_no_state_is_refused_by_name(state):
+    dl = DataLoader(Numbers(), seed=1)
+    with pytest.raises(ValueError, match='load_state_dict: (got a .*, but a dict is wanted|.* is missing)'): dl.load_state_dict(state)
+    assert len(list(dl))==1
 
 def test_what_is_replaced_after_loading_counts_from_the_next_epoch_too():
     dl = DataLoader(list(range(20)), bs=4, shuffle=True, seed=1)
@@ -379,6 +414,17 @@ def test_exception_names_the_item(n):
         if n: assert 'in __getitem__' in e.value.__notes__[0] and 'OSError: no file 17.png' in e.value.__notes__[0]
         else: assert isinstance(e.value.__cause__, OSError)
         if n: pids = worker_pids(dl) if not epoch else pids; assert worker_pids(dl)==pids
+
+@pytest.mark.parametrize('ds', [Failing(), pytest.param(Dying(), marks=posix)])
+def test_a_loader_whose_item_failed_goes_with_its_last_name(ds):
+    "Its workers, too; the garbage collector need not come"
+    gc.disable()
+    try:
+        dl = DataLoader(ds, bs=4, n_workers=2)
+        with pytest.raises(BatchError) as e: list(dl)
+        del dl, e
+        assert mp.active_children()==[]
+    finally: gc.enable()
 
 @pytest.mark.parametrize('n', [0, 1])
 def test_batch_that_cannot_be_collated(n):
@@ -520,6 +566,37 @@ def test_a_program_that_handles_ctrl_c_itself_keeps_its_workers(tmp_path):
     out,err = p.communicate(timeout=30)
     assert (out, err, p.returncode)==('caught\n', '', 0) and gone(pids)
 
+FORKED = """
+import gc, os
+from course_lib.dataloader import DataLoader
+class Collecting:
+    def __len__(self): return 8
+    def __getitem__(self, i): gc.collect(); return i
+def begun(n_workers):
+    dl = DataLoader(Collecting(), bs=2, n_workers=n_workers)
+    dl.loop = iter(dl); next(dl.loop)
+    return dl
+gc.disable()
+dl = begun(2); dl.me = dl; del dl               # as a Learner and its callbacks: a cycle, for the garbage collector to find
+print(len(list(DataLoader(Collecting(), bs=2, n_workers=2))))
+dl = begun(1)
+pid = os.fork()
+if not pid:
+    dl.loop = None
+    n = len(list(dl))
+    del dl
+    os._exit(n)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), len(list(dl.loop)))
+"""
+
+@posix
+def test_loaders_of_another_process_are_left_alone(tmp_path):
+    "A worker collects garbage, and the loaders of the process it was forked from are none of it; nor are they a child's"
+    (tmp_path/'script.py').write_text(FORKED)
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent.parent)}
+    r = subprocess.run([sys.executable, '-W', 'ignore', 'script.py'], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=60)
+    assert (r.stdout, r.stderr, r.returncode)==('4\n4 3\n', '', 0)
+
 def test_spawn_cannot_see_a_class_of_the_main_script_and_says_so(tmp_path):
     code = """if 1:
     import torch.multiprocessing as mp
@@ -567,6 +644,19 @@ def test_number_of_classes():
     assert c(a)==c(b)==c(torch_data.Subset(b, [0]))==3 and c(torch_data.Subset(Named(), [1]))==3
     for ds in Dataset(x, torch.zeros(4)), Dataset(x, ['a']*4), Dataset(x, [0., 1., 2., 3.]), Dataset(x[:0], []), Dataset(x, [None]*4), Numbers(), torch_data.Subset(Numbers(), [1]):
         with pytest.raises(TypeError, match='number of classes'): c(ds)
+    for ds in torch_data.TensorDataset(x), [(x, 1)]:
+        with pytest.raises(TypeError, match=f'from a {type(ds).__name__} without targets `y`'): c(ds)
+
+def test_loaders_whose_classes_have_other_numbers_are_refused():
+    class Named(Numbers):
+        def __init__(self, *classes): super().__init__(4); self.classes = classes
+    abc,ac = Named('a', 'b', 'c'),Named('a', 'c')
+    for valid in ac, Named('c', 'b', 'a'), Named('a', 'b', 'c', 'd'), torch_data.Subset(ac, [1]):
+        for make in DataLoaders.from_datasets, lambda *dss: DataLoaders(*map(DataLoader, dss)), lambda *dss: DataLoaders(*map(torch_data.DataLoader, dss)):
+            with pytest.raises(ValueError, match='the classes are a, b, c for training, and .* for validation.*classes of the first'): make(abc, valid)
+    for valid in Named('a', 'b', 'c'), torch_data.Subset(abc, [1]), Numbers(): assert DataLoaders.from_datasets(abc, valid).c==3
+    nameless,array = Named(),Named(); nameless.classes,array.classes = None,np.array(['a', 'b', 'c'])
+    for valid in nameless, array: assert DataLoaders.from_datasets(abc, valid).c==3
 
 @pytest.mark.parametrize('kind,same', [(lambda d: OrderedDict(d), True), (lambda d: defaultdict(int, d), True), (MappingProxyType, False)])
 def test_mappings_keep_their_type(kind, same):
