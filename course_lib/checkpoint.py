@@ -159,7 +159,7 @@ def _go_on(self:CheckpointCB, found):
     name,state = self._newest([o for o in found if _fit(o)==len(here)] or found)
     try:
         saved,at,is_last = state['learner'],state['learner']['position'],_fit(found[-1])==len(here)
-        is_new = saved['fits']==here[:-1]
+        is_new = saved['fits']==here[:-1]!=[]
         if not is_new:
             _check_fits(saved['fits'], here, at, is_last)
             learn.load_state_dict(saved)

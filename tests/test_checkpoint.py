@@ -290,7 +290,7 @@ def test_a_thousand_mutated_files(tmp_path, capsys):
         elif kind=='zeros': data[a:b] = bytes(b-a)
         else: data = data[b:] + data[a:b] + data[:a]
         path = good
-        if i%3==0: path = good.with_name(f'{good.name[:13]}-{checkpoint.hashlib.sha256(data).hexdigest()[:8]}.pt')
+        if i%3==0: path = good.with_name(f'{good.name[:19]}-{checkpoint.hashlib.sha256(data).hexdigest()[:8]}.pt')
         path.write_bytes(data)
         try: learn.fit(1)
         except CheckpointError:
@@ -298,7 +298,7 @@ def test_a_thousand_mutated_files(tmp_path, capsys):
         else:
             assert i%3==0 or data==whole        # only where the name says that this is what was written
             loaded += 1
-            assert learn.step_count==3 or learn.step_count!=0
+            assert learn.step_count
             learn.load_state_dict(before)
             learn._resume = None
         path.unlink()
