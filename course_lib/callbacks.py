@@ -29,8 +29,8 @@ class EventTrace(Callback):
         stage = event.partition('_')[2]
         depth = ['fit', 'epoch'].index(stage) if stage in ('fit', 'epoch') else 2
         if depth and self.epoch or depth==2 and self.iter: return       # it was seen already
-        new = ((name, map_nested(lambda t: tuple(t.shape), getattr(self.learner, name))) for name in _news.get(event, ()))
-        new = ', '.join(f'{name} {shape}' for name,shape in new)
+        shapes = {k: map_nested(lambda t: tuple(t.shape), getattr(self.learner, k)) for k in _news.get(event, ())}
+        new = ', '.join(f'{name} {shape}' for name,shape in shapes.items())
         who = ', '.join(type(cb).__name__ for cb in self.cbs if cb is not self and hasattr(type(cb), event))
         print(f"{'    '*depth}{event}" + (f'  {new}' if new else '') + (f'  -> {who}' if who else ''))
 
@@ -83,7 +83,8 @@ class MetricsCB(Callback):
         self.n += self.n_items
         for name,f in self.metrics.items():
             value = torch.as_tensor(f(self.preds, self.yb))
-            if value.ndim: raise ValueError(f"MetricsCB: {name} returned {tuple(value.shape)}, but one number is needed, ()")
+            if value.ndim:
+                raise ValueError(f"MetricsCB: {name} returned {tuple(value.shape)}, but one number is needed, ()")
             if value.dtype!=torch.float64: value = value.float()        # sums need digits
             self.sums[name] = self.sums.get(name, 0.) + value*self.n_items
 
@@ -152,8 +153,9 @@ class ProgressCB(Callback):
 
     def before_epoch(self):
         visible = not self.plain or getattr(sys.stderr, 'isatty', bool)()       # there may be no stderr at all
-        self.bar = tqdm(desc=f"epoch {self.epoch} {'train' if self.training else 'valid'}", total=self.n_iter, leave=False,
-                        disable=not visible, file=sys.stderr if self.plain else self)
+        name = f"epoch {self.epoch} {'train' if self.training else 'valid'}"
+        self.bar = tqdm(desc=name, total=self.n_iter, leave=False, disable=not visible,
+                        file=sys.stderr if self.plain else self)
 
     def after_batch(self): self.bar.update(self.iter+1 - self.bar.n)
     def cleanup_epoch(self):
@@ -174,7 +176,8 @@ class ProgressCB(Callback):
         "Show the table with `text`, which is tqdm's bar, below it; in a notebook"
         names,rows = _table(self.history[self.first:])
         bar = text.strip()
-        bundle = {'text/html': _as_html(names, rows) + bar, 'text/plain': '\n'.join(_as_text(names, o) for o in [names, *rows])}
+        plain = '\n'.join(_as_text(names, o) for o in [names, *rows])
+        bundle = {'text/html': _as_html(names, rows) + bar, 'text/plain': plain}
         if self.handle is None: self.handle = sys.modules['IPython'].display.display(bundle, raw=True, display_id=True)
         else: self.handle.update(bundle, raw=True)
 
@@ -213,8 +216,9 @@ class GradAccumulation(Callback):
 
     def before_epoch(self):
         if not self.training: return
-        if self.n_iter is None: raise ValueError("GradAccumulation: the loader has no length, so which batch is the last cannot "
-                                                 "be told, and it must not wait; give the loader a __len__")
+        if self.n_iter is None:
+            raise ValueError("GradAccumulation: the loader has no length, so which batch is the last cannot be told, "
+                             "and it must not wait; give the loader a __len__")
         self.opt.zero_grad()        # what a pass that was cancelled may have left
         self.first,self.total = 0,0
 

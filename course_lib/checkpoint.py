@@ -45,8 +45,8 @@ def _write(state, folder, name):
     except BaseException as e:
         part.unlink(missing_ok=True)
         if not isinstance(e, (OSError,RuntimeError)): raise
-        raise OSError(f"CheckpointCB: {name} could not be written in {folder} ({e}). The checkpoints that are there are "
-                      "whole; make room, or take another folder") from e
+        raise OSError(f"CheckpointCB: {name} could not be written in {folder} ({e}). The checkpoints that are there "
+                      "are whole; make room, or take another folder") from e
     return path
 
 def _read(path):
@@ -60,7 +60,7 @@ def _read(path):
 
 # %% ../nbs/15_checkpoint.ipynb #3a2273b1
 class CheckpointCB(Callback):
-    "Saves all that a fit needs, so that a killed fit can go on and ends with the same bits as if it had not been killed"
+    "Saves all that a fit needs, so that a killed fit goes on and ends with the same bits as if it had not been killed"
     order,in_lr_find = 100,False        # the others have done their part by then
     def __init__(self,
         path, # folder for the checkpoints of one run
@@ -85,7 +85,8 @@ class CheckpointCB(Callback):
         if self.place is None: self._save()         # where the fit begins
 
     def after_batch(self):
-        if self.training and self.every and self.step_count%self.every==0 and self.step_count!=self.place[0]: self._save()
+        if not (self.training and self.every) or self.step_count==self.place[0]: return
+        if self.step_count%self.every==0: self._save()
 
     def after_epoch(self):
         if self.training!=self.passes[-1]: return   # the epoch goes on
@@ -123,15 +124,16 @@ def before_fit(self:CheckpointCB):
     self.lock = FileLock(self.path/'.lock')
     try: self.lock.acquire(timeout=0)
     except Timeout:
-        raise CheckpointError(f"CheckpointCB: another fit is writing to {self.path}; wait for it, or take another folder") from None
+        raise CheckpointError(f"CheckpointCB: another fit is writing to {self.path}; wait for it, or take another "
+                              "folder") from None
     for o in self.path.glob('*.part'): o.unlink(missing_ok=True)        # cut off when the process was killed
     self.place,found = None,self.files()
     if not found: return
     newest = found[-1]
     if self.resume: self._go_on(found)
     elif newest.name not in self.mine or _steps(newest)>self.step_count:
-        raise FileExistsError(f"CheckpointCB: {self.path} holds checkpoints of another fit; resume=True goes on with it, "
-                              "or take another folder")
+        raise FileExistsError(f"CheckpointCB: {self.path} holds checkpoints of another fit; resume=True goes on with "
+                              "it, or take another folder")
 
 @patch
 def cleanup_fit(self:CheckpointCB):
@@ -147,8 +149,8 @@ def _newest(self:CheckpointCB, found):
             if isinstance(state, dict) and state.keys()=={'learner', 'best'}: return path.name, state
             raise CheckpointError(f"{path} cannot be used: CheckpointCB did not write it")
         except CheckpointError as e: print(e, *(['; the one before it is tried'] if path!=found[0] else []), sep='')
-    raise CheckpointError(f"CheckpointCB: none of the {len(found)} checkpoints in {self.path} can be used, the newest being "
-                          f"{found[-1].name}; nothing was loaded")
+    raise CheckpointError(f"CheckpointCB: none of the {len(found)} checkpoints in {self.path} can be used, the newest "
+                          f"being {found[-1].name}; nothing was loaded")
 
 # %% ../nbs/15_checkpoint.ipynb #0848915f
 @patch
@@ -164,8 +166,8 @@ def _go_on(self:CheckpointCB, found):
             _check_fits(saved['fits'], here, at, is_last)
             learn.load_state_dict(saved)
     except (ValueError,KeyError,TypeError,AttributeError,IndexError) as e:
-        raise CheckpointError(f"{name} does not fit, and nothing was loaded. {e}. Ask for the fit that it is of, or take "
-                              "another folder") from e
+        raise CheckpointError(f"{name} does not fit, and nothing was loaded. {e}. Ask for the fit that it is of, or "
+                              "take another folder") from e
     self.best = state['best']
     if is_new: return
     self.mine.add(name)
@@ -196,7 +198,8 @@ def save_model(
     if norm is not None: about['mean'],about['std'] = (json.dumps(t.flatten().tolist()) for t in (norm.mean, norm.std))
     part = path.with_name(f'{uuid4().hex}.part')
     try:
-        save_file({k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k,t in model.state_dict().items()}, part, about)
+        weights = {k: t.detach().cpu() for k,t in model.state_dict().items()}
+        save_file({k: t.clone(memory_format=torch.contiguous_format) for k,t in weights.items()}, part, about)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 

@@ -180,7 +180,9 @@ class Learner:
         if first is not error: raise first
 
 # %% ../nbs/11_learner.ipynb #29bb45bd
-def _parts(model): return [m for m in (model.modules() if hasattr(model, 'modules') else [model]) if hasattr(m, 'training')]
+def _parts(model):
+    parts = model.modules() if hasattr(model, 'modules') else [model]
+    return [m for m in parts if hasattr(m, 'training')]
 
 def _set_mode(model, training, frozen=()):
     "Tell the model whether it learns or is used; parts that are `frozen` are used"
@@ -220,8 +222,8 @@ def _n_items(xb, yb):
     if isinstance(xb, Tensor) and xb.ndim: return len(xb)      # nearly always
     for t in tensors_in((xb, yb)):
         if t.ndim: return len(t)
-    raise TypeError(f"Learner: a batch of {type(xb).__name__} and {type(yb).__name__} has no tensor with an axis for its "
-                    "items, so they cannot be counted; make tensors of them in the dataset or its collate function")
+    raise TypeError(f"Learner: a batch of {type(xb).__name__} and {type(yb).__name__} has no tensor with an axis for "
+                    "its items, so they cannot be counted; make tensors of them in the dataset or its collate function")
 
 # %% ../nbs/11_learner.ipynb #47672a29
 def _hyper(opt, name):
@@ -302,7 +304,7 @@ def _pair(batch):
     "`batch` if it is a pair, or an error that says what it is"
     if isinstance(batch, (tuple,list)) and len(batch)==2: return batch
     what = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple,list,Mapping)) else '')
-    raise TypeError(f"Learner: a batch must be a pair (xb, yb), but the loader gave a {what}. Several inputs belong into "
+    raise TypeError(f"Learner: a batch must be a pair (xb, yb), but the loader gave a {what}. Several inputs belong "
                     "one tuple or dict, ((x1, x2), yb): mend the dataset or its collate function")
 
 def _check_loss(loss, training):
@@ -352,8 +354,8 @@ def _plain(o, path='state'):
     if isinstance(o, np.generic) and type(o.item()) in (bool,int,float,str): return o.item()
     if isinstance(o, Mapping): return {_plain(k, path): _plain(v, f'{path}/{k}') for k,v in o.items()}
     if isinstance(o, (tuple,list)): return type(o)(_plain(v, f'{path}/{i}') for i,v in enumerate(o))
-    raise TypeError(f"Learner: {path} is a {type(o).__name__}, but a state is made of tensors, numbers, texts, None, and "
-                    "lists, tuples and dicts of them")
+    raise TypeError(f"Learner: {path} is a {type(o).__name__}, but a state is made of tensors, numbers, texts, None, "
+                    "and lists, tuples and dicts of them")
 
 @patch
 def state_dict(self:Learner)->dict: # of tensors, numbers, texts, None, and lists, tuples and dicts of them
@@ -376,8 +378,8 @@ def _opt_state(opt):
     "What an optimizer remembers, its class, and the shapes of what it trains"
     if opt is None: return None
     if not (hasattr(opt, 'state_dict') and hasattr(opt, 'load_state_dict')):
-        raise TypeError(f"Learner: {type(opt).__name__} has no state_dict and load_state_dict, so what it remembers cannot "
-                        "be put back; add them, as those of course_lib.optim have them")
+        raise TypeError(f"Learner: {type(opt).__name__} has no state_dict and load_state_dict, so what it remembers "
+                        "cannot be put back; add them, as those of course_lib.optim have them")
     groups = getattr(opt, 'param_groups', None) or [{'params': getattr(opt, 'params', [])}]
     return {'class': type(opt).__name__, 'shapes': [tuple(p.shape) for g in groups for p in g['params']],
             'state': opt.state_dict()}
@@ -428,7 +430,8 @@ def _load_loader(dl, state):
     if _knows_its_place(dl): dl.load_state_dict(state)
     else:
         here = _loader_state(dl)
-        if told := _differences(*({k: o[k] for k in ('batches', 'items')} for o in (state, here))): raise ValueError(told)
+        told = _differences(*({k: o[k] for k in ('batches', 'items')} for o in (state, here)))
+        if told: raise ValueError(told)
         if state['generator'] is not None: dl.generator.set_state(state['generator'].cpu())
 
 def _differences(saved, here):
@@ -463,7 +466,8 @@ def _take(self:Learner, state):
     compare('model', shapes(state['model']), shapes(_model_state(self.model)))
     compare('callbacks', dict.fromkeys(state['callbacks']), dict.fromkeys(_with_memory(self.cbs)))
     compare('loaders', {'number': len(state['loaders'])}, {'number': len(_loaders(self.dls))})
-    for name,keys in (('history', ['epoch', 'train', 'loss', 'n']), ('fits', ['n_epochs', 'passes', 'lr', 'callbacks'])):
+    rows = {'history': ['epoch', 'train', 'loss', 'n'], 'fits': ['n_epochs', 'passes', 'lr', 'callbacks']}
+    for name,keys in rows.items():
         for row in state[name]: compare(name, dict.fromkeys(k for k in keys if k in row), dict.fromkeys(keys))
     if state['position']: compare('position', dict.fromkeys(state['position']), dict.fromkeys(_PLACE))
     if state['opt'] is None: self.opt = None
@@ -521,7 +525,8 @@ def _first_pass(self:Learner):
         return 0
     saved,plan = self._resume['fits'][-1],self._plan()
     told = _differences({**saved, 'n_epochs': 0}, {**plan, 'n_epochs': 0})      # more epochs are no other fit
-    if told: raise ValueError(f"fit: the state that was loaded is in the middle of a fit, and this is another one: {told}")
+    if told:
+        raise ValueError(f"fit: the state that was loaded is in the middle of a fit, and this is another one: {told}")
     self.fits[-1] = plan
     self._restore(self._resume)
     at = self._resume['position']
@@ -541,7 +546,8 @@ def _numbered_batches(self:Learner):
     self._iterator = iter(()) if known and self.batches_done==self.n_iter else iter(self.dl)
     if state is not None:
         if not known and sum(1 for _ in zip(range(self.batches_done), self._iterator)) < self.batches_done:
-            raise ValueError("fit: the loader gives fewer batches than were done when the state was taken; the data are others")
+            raise ValueError("fit: the loader gives fewer batches than were done when the state was taken; the data "
+                             "are others")
         self._back_at_its_place(state)
     return enumerate(self._iterator, self.batches_done)
 
@@ -551,7 +557,9 @@ def _back_at_its_place(self:Learner, state):
     at = state['position']
     self.iter,self.n_seen,self.loss_sum = self.batches_done-1,at['n_seen'],at['loss_sum']
     if isinstance(self.loss_sum, Tensor): self.loss_sum = self.loss_sum.to(next(iter(self.model.parameters())).device)
-    if not _knows_its_place(self.dl): _load_loader(self.dl, next(o for dl,o in zip(_loaders(self.dls), state['loaders']) if dl is self.dl))
+    if not _knows_its_place(self.dl):
+        pairs = zip(_loaders(self.dls), state['loaders'])
+        _load_loader(self.dl, next(o for dl,o in pairs if dl is self.dl))
     self._restore(state)
 
 @patch

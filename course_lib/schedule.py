@@ -196,8 +196,9 @@ def state_dict(self:Schedule): return self._plan() | {'lrs': self.lrs, 'moms': s
 @patch
 def load_state_dict(self:Schedule, state):
     for name,mine in self._plan().items() if self.in_fit else ():
-        if state[name]!=mine: raise ValueError(f"{type(self).__name__}: {name} was {state[name]} and is {mine} here, so the "
-                                               "learning rates would have been others from the start")
+        if state[name]!=mine:
+            raise ValueError(f"{type(self).__name__}: {name} was {state[name]} and is {mine} here, so the learning "
+                             "rates would have been others from the start")
     self.lrs,self.moms,self._mom = state['lrs'],state['moms'],state['mom']
 
 # %% ../nbs/14_schedule.ipynb #6ec44319
