@@ -67,7 +67,7 @@ def test_loop_trains_to_the_same_weights(bench, peer, package):
 
 @pytest.mark.skipif(not find_spec('pytorch_lightning'), reason='Lightning is not here; make bench installs it')
 def test_loop_has_all_peers(bench):
-    assert [list(m.sides) for m in bench.loop(TINY)]==[['Learner','loop by hand'], 
+    assert [list(m.sides) for m in bench.loop(TINY)]==[['Learner','loop by hand, ours'], ['Learner',"loop by hand, torch's"],
         ['Learner','fastai','Lightning','Lightning, bare','no loop']]
 
 @pytest.mark.parametrize('i', [0,1,2], ids=['SGD','Adam','AdamW'])
