@@ -90,7 +90,7 @@ def _is_part(v):
     return isinstance(v, (Module, Parameter, Buffer)) or isinstance(v, (torch.nn.Parameter, torch.nn.Buffer))
 
 def _walk(found, v, path, above, known, deep):
-    "Append (path, part) of each part in `v` to `found`; where there is `known`, also of those in lists that are not in it"
+    "Append (path, part) of each part in `v` to `found`; where there is `known`, also of those in lists, unless known"
     _check(path, v, above)
     box,above = isinstance(v, _BOXES),(*above, v)
     if _is_part(v) or box and v and known is None: found.append((path, v))
@@ -122,14 +122,15 @@ def _parts(self:Module, deep=True):
 def _check(path, v, above):
     "Refuse `v` where it looks like a part of a model that could not be trained or saved; it stands inside of `above`"
     if isinstance(v, torch.nn.Module):
-        raise TypeError(f"{_at(path, above)}: got torch.nn's {type(v).__name__}, and a Module of this library cannot look "
-                        "into it; use this library's own, or make the whole model of torch.nn's")
+        raise TypeError(f"{_at(path, above)}: got torch.nn's {type(v).__name__}, and a Module of this library cannot "
+                        "look into it; use this library's own, or make the whole model of torch.nn's")
     if isinstance(v, Tensor) and v.requires_grad and not _is_part(v) and v.is_leaf:
         raise TypeError(f"{_at(path, above)} is a plain tensor that asks for gradients, and no optimizer would get it; "
                         "make it a Parameter, or keep its `detach()`")
     if id(v) in map(id, above):
         raise ValueError(f"the {type(v).__name__} at {_at(path, above)!r} contains itself; remove that attribute")
-    if above and not isinstance(above[-1], Module) and _is_part(v) and any(isinstance(o, (set, frozenset)) for o in above):
+    in_set = any(isinstance(o, (set, frozenset)) for o in above)
+    if in_set and not isinstance(above[-1], Module) and _is_part(v):
         raise TypeError(f"{_at(path, above)} is in a set, which has no order to name its parts by; make it a list")
 
 def _at(path, above): return '.'.join([type(o).__name__ for o in above[:1]] + [path])
