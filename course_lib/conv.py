@@ -66,7 +66,8 @@ class BatchNorm(Module):
         self.weight,self.bias = Parameter(torch.ones(nf)),Parameter(torch.zeros(nf))
         self.running_mean,self.running_var = Buffer(torch.zeros(nf)),Buffer(torch.ones(nf))
         self.num_batches_tracked = Buffer(torch.tensor(0))
-        self.eps,self.mom = check_number('BatchNorm', 'eps', eps, least=0),check_number('BatchNorm', 'mom', mom, least=0)
+        self.eps = check_number('BatchNorm', 'eps', eps, least=0)
+        self.mom = check_number('BatchNorm', 'mom', mom, least=0)
 
     def forward(self, x:Tensor)->Tensor:
         if self.training:

@@ -7,11 +7,12 @@ __all__ = ['Parameter', 'Buffer', 'Module', 'kaiming_normal_', 'xavier_normal_',
 
 # %% ../nbs/08_module.ipynb #9c6ad044
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterator, MutableSequence
 
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -83,20 +84,21 @@ class Module:
         super().__setattr__(name, value)
 
 # %% ../nbs/08_module.ipynb #05207677
-_BOXES = list,tuple,deque,dict,set,frozenset
+_DICTS = dict,UserDict
+_BOXES = list,tuple,deque,UserList,L,*_DICTS,set,frozenset      # L is fastcore's list
 _LOOKED_AT = Module,Tensor,torch.nn.Module,*_BOXES
 
 def _is_part(v):
     return isinstance(v, (Module, Parameter, Buffer)) or isinstance(v, (torch.nn.Parameter, torch.nn.Buffer))
 
 def _walk(found, v, path, above, known, deep):
-    "Append (path, part) of each part in `v` to `found`; where there is `known`, also of those in lists that are not in it"
+    "Append (path, part) of each part in `v` to `found`; where there is `known`, also of those in lists, unless known"
     _check(path, v, above)
     box,above = isinstance(v, _BOXES),(*above, v)
     if _is_part(v) or box and v and known is None: found.append((path, v))
     if isinstance(v, Module) and (deep or len(above)==1):                           # its tensors first, as in PyTorch
         items = sorted(v._items(), key=lambda o: not isinstance(o[1], Tensor))
-    elif box and known is not None: items = v.items() if isinstance(v, dict) else enumerate(v)
+    elif box and known is not None: items = v.items() if isinstance(v, _DICTS) else enumerate(v)
     else: return found
     for name,o in items:
         if not isinstance(o, _LOOKED_AT): continue
@@ -122,14 +124,15 @@ def _parts(self:Module, deep=True):
 def _check(path, v, above):
     "Refuse `v` where it looks like a part of a model that could not be trained or saved; it stands inside of `above`"
     if isinstance(v, torch.nn.Module):
-        raise TypeError(f"{_at(path, above)}: got torch.nn's {type(v).__name__}, and a Module of this library cannot look "
-                        "into it; use this library's own, or make the whole model of torch.nn's")
+        raise TypeError(f"{_at(path, above)}: got torch.nn's {type(v).__name__}, and a Module of this library cannot "
+                        "look into it; use this library's own, or make the whole model of torch.nn's")
     if isinstance(v, Tensor) and v.requires_grad and not _is_part(v) and v.is_leaf:
         raise TypeError(f"{_at(path, above)} is a plain tensor that asks for gradients, and no optimizer would get it; "
                         "make it a Parameter, or keep its `detach()`")
     if id(v) in map(id, above):
         raise ValueError(f"the {type(v).__name__} at {_at(path, above)!r} contains itself; remove that attribute")
-    if above and not isinstance(above[-1], Module) and _is_part(v) and any(isinstance(o, (set, frozenset)) for o in above):
+    in_set = any(isinstance(o, (set, frozenset)) for o in above)
+    if in_set and not isinstance(above[-1], Module) and _is_part(v):
         raise TypeError(f"{_at(path, above)} is in a set, which has no order to name its parts by; make it a list")
 
 def _at(path, above): return '.'.join([type(o).__name__ for o in above[:1]] + [path])
@@ -309,7 +312,7 @@ def to(self:Module,
 def state_dict(self:Module)->dict: # path -> plain tensor, sharing the model's memory
     "All Parameters and Buffers by their paths, a shared one under each of its paths"
     return {path: t.detach() for path,t in self._parts()
-            if isinstance(t, Tensor) and getattr(t, 'persistent', True)}    # torch.nn.Buffer(…, persistent=False) is not
+            if isinstance(t, Tensor) and getattr(t, 'persistent', True)}   # torch.nn.Buffer has persistent=False
 
 def _faults(own, state):
     "(kind, words) for each thing that keeps `state` from being copied into `own`; both are path -> tensor"
@@ -323,7 +326,8 @@ def _faults(own, state):
             yield 'kind',f'{k} is {v.dtype} on {v.device}, {v.layout}, but must be {t.dtype}, {t.layout}'
         else:           # tied tensors are one tensor here; are they in `state`?
             twin = first.setdefault((t.data_ptr() or k, t.shape, t.stride()), v)
-            if twin is not v and not torch.allclose(twin.to(t), v.to(t), 0, 0, equal_nan=True): yield 'tied, but unequal',k
+            equal = twin is v or torch.allclose(twin.to(t), v.to(t), rtol=0, atol=0, equal_nan=True)
+            if not equal: yield 'tied, but unequal',k
     for k in state:
         if k not in own: yield 'unexpected',k
 

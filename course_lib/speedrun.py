@@ -17,7 +17,7 @@ from .callbacks import MetricsCB
 from .conv import BatchNorm, ConvLayer
 from .core import check_number
 from .dataloader import DataLoader, DataLoaders
-from .learner import Callback, Learner, map_nested, tensors_in
+from .learner import Callback, Learner, map_nested
 from .losses import accuracy, cross_entropy
 from .module import Flatten, Linear, Module, ReLU, Sequential
 from .optim import Optimizer
@@ -110,21 +110,24 @@ class MixedPrecisionCB(Callback):
     order = -5      # the batch is on its device, and the gradients are unscaled before others look at them
     def __init__(self,
         dtype:torch.dtype=None, # torch.float16 or torch.bfloat16; by default float16 on CUDA and bfloat16 elsewhere
-    ): self.dtype,self.scaler,self.cast = dtype,None,None
+    ):
+        if dtype not in (None,torch.float16,torch.bfloat16):
+            raise ValueError(f"MixedPrecisionCB: dtype is {dtype}, but torch.float16 or torch.bfloat16 is wanted")
+        self.dtype,self.used,self.scaler,self.casts,self.waiting = dtype,dtype,None,[],False
 
-    def _dtype(self, device): return self.dtype or (torch.float16 if device=='cuda' else torch.bfloat16)
+    def _device(self): return next(iter(self.model.parameters())).device.type
+    def _dtype(self): return self.dtype or (torch.float16 if self._device()=='cuda' else torch.bfloat16)
 
     def before_fit(self):
-        device,self.unscaled,self.waiting = next(iter(self.model.parameters())).device.type,[],False
-        if self._dtype(device)!=torch.float16: return
-        before,self.scaler = self.scaler,torch.amp.GradScaler(device)
+        self.used,before,self.scaler,self.unscaled,self.waiting = self._dtype(),self.scaler,None,[],False
+        if self.used!=torch.float16: return
+        self.scaler = torch.amp.GradScaler(self._device())
         if before is not None: self.scaler.load_state_dict(before.state_dict())    # its scale, but not its notes
         self.learner.backward,self.learner.step = self._backward,self._step
 
     def before_batch(self):
-        device = tensors_in(self.xb)[0].device.type
-        self.cast = torch.autocast(device, self._dtype(device))
-        self.cast.__enter__()
+        self.casts.append(torch.autocast(self._device(), self._dtype()))    # a callback may ask for others meanwhile
+        self.casts[-1].__enter__()
 
     def after_pred(self):
         self._leave()
@@ -133,14 +136,15 @@ class MixedPrecisionCB(Callback):
 
     def cleanup_batch(self):
         self._leave()               # where the batch was cancelled before
-        if self.waiting: self._scale_again()
+        self.casts = self.casts[:-1]
+        if self.waiting and self.training: self._scale_again()
 
     def cleanup_fit(self):
         for name in ('backward', 'step'): vars(self.learner).pop(name, None)
 
     def _leave(self):
-        if self.cast is not None: self.cast.__exit__(None, None, None)
-        self.cast = None
+        if self.casts and self.casts[-1] is not None: self.casts[-1].__exit__(None, None, None)
+        self.casts[-1:] = [None]
 
 # %% ../nbs/21_speedrun.ipynb #dc641caa
 class _Scaled:
@@ -175,16 +179,16 @@ def _scale_again(self:MixedPrecisionCB):
 # %% ../nbs/21_speedrun.ipynb #4e71e673
 @patch
 def state_dict(self:MixedPrecisionCB):
-    return {'dtype': str(self.dtype), 'scaler': self.scaler and self.scaler.state_dict()}
+    return {'dtype': str(self.used), 'scaler': self.scaler and self.scaler.state_dict()}
 
 @patch
 def load_state_dict(self:MixedPrecisionCB, state):
-    if state['dtype']!=str(self.dtype):
-        raise ValueError(f"MixedPrecisionCB: dtype was {state['dtype']} and is {self.dtype} here")
-    active = 'step' in vars(self.learner)
-    self.scaler = torch.amp.GradScaler(next(iter(self.model.parameters())).device.type) if state['scaler'] or active else None
+    if len({state['dtype'], str(self.used), 'None'})>2:        # 'None': before its first fit
+        raise ValueError(f"MixedPrecisionCB: dtype was {state['dtype']} and is {self.used} here; make it "
+                         f"MixedPrecisionCB({state['dtype']})")
+    scaled = state['scaler'] or 'step' in vars(self.learner)
+    self.scaler,self.unscaled = torch.amp.GradScaler(self._device()) if scaled else None,[]
     if state['scaler']: self.scaler.load_state_dict(state['scaler'])
-    self.unscaled = []
 
 # %% ../nbs/21_speedrun.ipynb #b393767e
 def bfloat16_is_fast()->bool:

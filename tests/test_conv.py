@@ -1,5 +1,5 @@
 "Convolutions of random sizes, BatchNorm beside PyTorch's, small networks in other processes and on other devices"
-import copy, io, pickle, subprocess, sys
+import copy, io, pickle, shutil, subprocess, sys
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -131,3 +131,17 @@ def test_compiler_sees_through_a_cnn(training):
     torch.compiler.reset()
     for _ in range(2): test_near(torch.compile(m, backend='eager', fullgraph=True)(x), other(x), eps=1e-6)
     for k,t in m.state_dict().items(): test_near(t, other.state_dict()[k], eps=1e-6)
+
+@pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++')), reason='needs a C++ compiler')
+def test_the_default_compiler_takes_a_cnn():
+    "Compiled to machine code, in training: outputs, gradients and running averages, over two steps"
+    m,x = small_cnn(),torch.randn(4,1,8,8)
+    other = copy.deepcopy(m)
+    torch.compiler.reset()
+    compiled = torch.compile(m, fullgraph=True)
+    for _ in range(2):
+        test_near(compiled(x), other(x), eps=1e-5)
+        for net in (compiled, other): net(x).square().sum().backward()
+    for p,q in zip(m.parameters(), other.parameters()): test_near(p.grad, q.grad, eps=1e-4, rel=1e-4)
+    for k,t in m.state_dict().items(): test_near(t, other.state_dict()[k], eps=1e-5)
+    assert m[0].norm.num_batches_tracked==4

@@ -1,8 +1,9 @@
 "Modules of random shape, states that do not fit, other libraries' tools: what the chapter cannot show"
 import copy, pickle
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 
 import numpy as np, pytest, torch
+from fastcore.foundation import L
 from hypothesis import given, settings, strategies as st
 
 from course_lib.core import test_near
@@ -56,20 +57,21 @@ Pair = namedtuple('Pair', 'a b')
 leaves = st.one_of(tensors, st.builds(lambda: Linear(2, 1)), st.builds(ReLU), st.just(3), st.just('text'), st.none(), st.just(torch.ones(2)))
 nested = st.recursive(leaves, lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple), st.lists(inner, max_size=3).map(deque),
+    st.lists(inner, max_size=3).map(L), st.lists(inner, max_size=3).map(UserList), st.dictionaries(st.sampled_from('xyz'), inner, max_size=3).map(UserDict),
     st.tuples(inner, inner).map(lambda o: Pair(*o)), st.dictionaries(st.sampled_from('xyz'), inner, max_size=3),
     st.dictionaries(st.integers(0, 9), inner, max_size=3).map(OrderedDict), st.builds(lambda o: Holds(inside=o), inner)), max_leaves=12)
 
 def parts_of(v):
     "All Parameters and Buffers in `v`, by brute force"
     if isinstance(v, (Parameter, Buffer)): yield v
-    inside = vars(v).values() if isinstance(v, Module) else v.values() if isinstance(v, dict) else v if isinstance(v, (list,tuple,deque)) else ()
+    inside = vars(v).values() if isinstance(v, Module) else v.values() if isinstance(v, (dict,UserDict)) else v if isinstance(v, (list,tuple,deque,UserList,L)) else ()
     for o in inside: yield from parts_of(o)
 
 def follow(m, path):
     "What stands at `path` in `m`"
     for name in path.split('.'):
         if isinstance(m, Module): m = vars(m)[name]
-        elif isinstance(m, dict): m = next(o for k,o in m.items() if str(k)==name)
+        elif isinstance(m, (dict,UserDict)): m = next(o for k,o in m.items() if str(k)==name)
         else: m = m[int(name)]
     return m
 
@@ -124,6 +126,7 @@ def cyclic():
     (lambda: {Linear(1, 1)}, TypeError, 'Holds.v.0 is in a set'), (lambda: [frozenset([('a', Linear(1, 1))])], TypeError, 'is in a set'),
     (lambda: [torch.nn.Linear(1, 1)], TypeError, "Holds.v.0: got torch.nn's Linear"), (lambda: {'a': ([torch.nn.ReLU()],)}, TypeError, r"Holds.v.a.0.0: got torch.nn's ReLU"),
     (lambda: [torch.nn.ModuleList([torch.nn.Linear(1, 1)])], TypeError, "torch.nn's ModuleList"), (lambda: torch.nn.ParameterList([torch.ones(1)]), TypeError, "Holds.v: got torch.nn's ParameterList"),
+    (lambda: L(torch.nn.ReLU()), TypeError, "Holds.v.0: got torch.nn's ReLU"), (lambda: UserDict(a={Linear(1, 1)}), TypeError, 'Holds.v.a.0 is in a set'),
     (lambda: [torch.ones(1, requires_grad=True)], TypeError, 'Holds.v.0 is a plain tensor that asks for gradients'), (cyclic, ValueError, 'contains itself'),
     (lambda: {'a.0': Linear(1, 1), 'a': [Linear(1, 1)]}, ValueError, "two parts have the path 'v.a.0'"), (lambda: {1: ReLU(), '1': ReLU()}, ValueError, 'two parts')])
 @pytest.mark.parametrize('ask', [lambda m: m.parameters(), lambda m: m.state_dict(), lambda m: m.to(torch.float64), lambda m: m.train(), lambda m: repr(m)])
