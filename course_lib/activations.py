@@ -24,7 +24,7 @@ class ActivationStats(Callback):
     in_lr_find = False
     def __init__(self,
         kinds:tuple=None, # classes of the layers to watch, such as (nn.ReLU,)
-        names:list=None, # names of layers to watch, such as ['0', 'body.3']; without both, all layers that have no parts
+        names:list=None, # names of layers to watch, such as ['0', 'body.3']; without both, all that have no parts
         bins:int=40, # bars of a histogram
         top:float=5., # histograms go from 0 to this absolute value; the last bar has all that is larger
     ):
@@ -81,12 +81,14 @@ def _row(out, bins, top):
 def _layers(model, kinds, names):
     "(name, module) of the layers to watch"
     if not hasattr(model, 'named_modules'):
-        raise TypeError(f"ActivationStats: a {type(model).__name__} has no named_modules, so its layers cannot be found; "
+        raise TypeError(f"ActivationStats: a {type(model).__name__} has no named_modules, "
+                        "so its layers cannot be found; "
                         "make it a Module of course_lib or of torch.nn")
     mods = dict(model.named_modules())
     for name,m in mods.items():
         if not (hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None)): continue
-        raise TypeError(f"ActivationStats: {f'layer {name!r}' if name else 'the model'} is compiled, and may not call hooks; "
+        what = f'layer {name!r}' if name else 'the model'
+        raise TypeError(f"ActivationStats: {what} is compiled, and may not call hooks; "
                         "watch it before you call torch.compile")
     names = [names] if isinstance(names, str) else list(names or [])
     kinds = (kinds,) if isinstance(kinds, type) else tuple(kinds or ())
@@ -174,7 +176,8 @@ class GradientStats(Callback):
         model = self.model
         params = model.named_parameters() if hasattr(model, 'named_parameters') else enumerate(model.parameters())
         self.weights,self.steps = {str(name): p for name,p in params if p.ndim>1},[]
-        if not self.weights: raise ValueError("GradientStats: the model has no weights (parameters with two axes or more)")
+        if not self.weights:
+            raise ValueError("GradientStats: the model has no weights (parameters with two axes or more)")
 
     @torch.no_grad()
     def after_backward(self):
@@ -194,7 +197,8 @@ def plot(self:GradientStats,
 ): # the matplotlib axes
     "The gradients of all weights over time, on a logarithmic axis"
     import matplotlib.pyplot as plt
-    if not self.steps: raise ValueError("GradientStats: there is nothing to draw, for it has seen no step yet; call fit first")
+    if not self.steps:
+        raise ValueError("GradientStats: there is nothing to draw, for it has seen no step yet; call fit first")
     if ax is None: ax = plt.subplots(figsize=(6,2.6), layout='constrained')[1]
     for name,values,style in zip(self.weights, self.rms(), ['-', '--', '-.', ':']*len(self.weights)):
         ax.plot(values, style, label=name)
