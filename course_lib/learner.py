@@ -133,7 +133,8 @@ class Learner:
         _check_loss(self.loss, self.training)
         self._fire('after_loss')
         if self.training: self._update()
-        self.loss_sum = self.loss_sum + _wide(self.loss.detach())*self.n_items
+        self.loss,self.preds = self.loss.detach(),map_nested(Tensor.detach, self.preds)     # lets go of the graph
+        self.loss_sum = self.loss_sum + _wide(self.loss)*self.n_items
         self.n_seen += self.n_items
         self.batches_done = self.iter+1
 
@@ -145,7 +146,6 @@ class Learner:
             self.step_count += 1
             self._fire('after_step')
             self.opt.zero_grad()
-        self.loss,self.preds = self.loss.detach(),map_nested(Tensor.detach, self.preds)     # lets go of the graph
 
     def backward(self):
         "Compute the gradients of the loss"

@@ -1,5 +1,5 @@
 "The commands behind `make run` and the set-up: what they print and do when something is wrong"
-import os, shutil, subprocess, sys, zipfile
+import os, re, shutil, subprocess, sys, zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -137,6 +137,12 @@ def test_too_old_python_gets_one_line(env, monkeypatch):
 def test_oldest_python_is_the_one_of_settings(tool, root):
     assert f"\nmin_python = {'.'.join(map(str, tool('env').OLDEST))}\n" in (root/'settings.ini').read_text(encoding='utf-8')
 
+def test_oldest_torch_is_the_one_that_the_tests_run_on(root):
+    "An older one is promised again when the tests have been seen to pass on it"
+    floor = re.search(r'torch>=([\d.]+),', (root/'settings.ini').read_text(encoding='utf-8'))[1]
+    tested = re.search(r'^torch==([\d.]+)', (root/'constraints.txt').read_text(encoding='utf-8'), re.M)[1]
+    assert tested.startswith(f'{floor}.')
+
 def test_set_up_is_readable_by_old_pythons(root):
     source = (root/'tools'/'env.py').read_text(encoding='ascii')      # Python 2 stops at other characters
     assert "f'" not in source and 'f"' not in source
@@ -179,9 +185,9 @@ def test_ready_environment_is_left_alone(env, monkeypatch):
 OFFLINE = "WARNING: Retrying (Retry(total=0, ...)) after connection broken by 'NewConnectionError('...')': /simple/torch/\n"
 NONE = 'ERROR: Could not find a version that satisfies the requirement torch==2.13.0 (from versions: none)\n'
 SOME = 'ERROR: Could not find a version that satisfies the requirement torch==2.13.0 (from versions: 2.0.0, 2.0.1)\n'
-CONFLICT = '''ERROR: Cannot install torch<3 and >=2.6 because these package versions have conflicting dependencies.
+CONFLICT = '''ERROR: Cannot install torch<3 and >=2.13 because these package versions have conflicting dependencies.
 The conflict is caused by:
-    The user requested torch<3 and >=2.6
+    The user requested torch<3 and >=2.13
     The user requested (constraint) torch==2.13.0
 ERROR: ResolutionImpossible: for help visit https://pip.pypa.io'''
 NO_MATCH = 'ERROR: No matching distribution found for torch==2.13.0\n'
