@@ -109,7 +109,8 @@ class Learner:
     def _one_pass(self):
         self.dl = self.dls.train if self.training else self.dls.valid
         self.n_iter = _length(self.dl)
-        self.iter,self.batches_done,self.loss_sum,self.n_seen,self.pass_over = -1,0,0.,0,False
+        self.iter,self.batches_done,self.n_seen,self.pass_over = -1,0,0,False
+        self.loss_sum = torch.tensor(0., dtype=torch.float32)      # stays as wide, or becomes wider
         _set_mode(self.model, self.training, self._frozen)
         try:
             with torch.set_grad_enabled(self.training): self._stage('epoch', CancelEpochException, self._all_batches)
@@ -134,7 +135,7 @@ class Learner:
         self._fire('after_loss')
         if self.training: self._update()
         self.loss,self.preds = self.loss.detach(),map_nested(Tensor.detach, self.preds)     # lets go of the graph
-        self.loss_sum = self.loss_sum + _wide(self.loss)*self.n_items
+        self.loss_sum = torch.add(self.loss_sum, self.loss, alpha=self.n_items)    # + n_items*loss, at once
         self.n_seen += self.n_items
         self.batches_done = self.iter+1
 
@@ -289,8 +290,6 @@ def _collect(self:Learner, events=EVENTS):
     self._handlers = {e: of(e) if e in events else [] for e in EVENTS}
 
 # %% ../nbs/11_learner.ipynb #e0a7e211
-def _wide(t): return t.float() if t.dtype in (torch.float16,torch.bfloat16) else t      # sums need digits
-
 def _no_batches(training):
     return ValueError(f"Learner: the {'training' if training else 'validation'} loader gave no batches; its dataset is "
                       "empty, or smaller than a batch with drop_last, or it is a generator, used up")
@@ -556,7 +555,6 @@ def _back_at_its_place(self:Learner, state):
     "Sums, random state and memory of callbacks as they were in the middle of the pass"
     at = state['position']
     self.iter,self.n_seen,self.loss_sum = self.batches_done-1,at['n_seen'],at['loss_sum']
-    if isinstance(self.loss_sum, Tensor): self.loss_sum = self.loss_sum.to(next(iter(self.model.parameters())).device)
     if not _knows_its_place(self.dl):
         pairs = zip(_loaders(self.dls), state['loaders'])
         _load_loader(self.dl, next(o for dl,o in pairs if dl is self.dl))
