@@ -29,21 +29,6 @@ _CANCELS = CancelBatchException, CancelEpochException, CancelFitException
 EVENTS = ('before_fit before_epoch before_batch after_pred after_loss after_backward after_step after_batch '
           'after_epoch after_fit cleanup_batch cleanup_epoch cleanup_fit').split()
 
-# %% ../nbs/11_learner.ipynb #4f1e4130
-def _check_event(cls, name, value):
-    "Refuse a member of a callback class that looks like a misspelt event, or that no event can call"
-    if name in EVENTS:
-        if not inspect.isfunction(value): return
-        needed = [o for o in inspect.signature(value).parameters.values() if o.default is o.empty]
-        if len(needed)==1: return
-        raise TypeError(f"{cls}.{name} must take self and nothing else, for events pass nothing on: write "
-                        f"`def {name}(self)`, and find the batch, the loss and so on as self.xb, self.loss …")
-    looks_like_one = name.startswith(('before_', 'after_', 'cleanup_')) or get_close_matches(name, EVENTS, cutoff=0.9)
-    if name.startswith('_') or not looks_like_one: return
-    near = get_close_matches(name, EVENTS, n=1, cutoff=0.8)
-    raise TypeError(f"{cls}.{name}: there is no such event; " +
-                    (f"did you mean {near[0]}?" if near else f"the events are {', '.join(EVENTS)}"))
-
 # %% ../nbs/11_learner.ipynb #51347a63
 class Callback(GetAttr):
     "Methods that a `Learner` runs at its events: each is named after its event, and takes no arguments"
@@ -60,6 +45,21 @@ class Callback(GetAttr):
         except AttributeError:
             where = "it belongs to no Learner now" if self.learner is None else "neither has its Learner"
             raise AttributeError(f"{type(self).__name__} has no {name}, and {where}") from None
+
+# %% ../nbs/11_learner.ipynb #4f1e4130
+def _check_event(cls, name, value):
+    "Refuse a member of a callback class that looks like a misspelt event, or that no event can call"
+    if name in EVENTS:
+        if not inspect.isfunction(value): return
+        needed = [o for o in inspect.signature(value).parameters.values() if o.default is o.empty]
+        if len(needed)==1: return
+        raise TypeError(f"{cls}.{name} must take self and nothing else, for events pass nothing on: write "
+                        f"`def {name}(self)`, and find the batch, the loss and so on as self.xb, self.loss …")
+    looks_like_one = name.startswith(('before_', 'after_', 'cleanup_')) or get_close_matches(name, EVENTS, cutoff=0.9)
+    if name.startswith('_') or not looks_like_one: return
+    near = get_close_matches(name, EVENTS, n=1, cutoff=0.8)
+    raise TypeError(f"{cls}.{name}: there is no such event; " +
+                    (f"did you mean {near[0]}?" if near else f"the events are {', '.join(EVENTS)}"))
 
 # %% ../nbs/11_learner.ipynb #f01e5926
 class Learner:
@@ -271,7 +271,7 @@ def _begin(self:Learner, n_epochs, lr, train, valid):
     set_hyper(self.opt, 'lr', self.fit_lr)
     self.opt.zero_grad()        # a batch that was cancelled or failed may have left gradients
     self._frozen = [m for m in _parts(self.model) if not m.training] if getattr(self.model, 'training', True) else []
-    self._collect()
+    self._collect(EVENTS)
 
 @patch
 def _make_opt(self:Learner, lr):
@@ -283,11 +283,12 @@ def _make_opt(self:Learner, lr):
                          "would not be trained; `learn.opt = None` has a new optimizer made")
 
 @patch
-def _collect(self:Learner, events=EVENTS):
-    "Look up the handlers of `events`, once for a whole fit; all others have none"
+def _collect(self:Learner, events=None):
+    "Look up the handlers of `events`, or of the same ones as before; all others have none"
+    if events is not None: self._events = events
     def of(event): return [getattr(cb, event) for cb in self.cbs if event in vars(cb) or hasattr(type(cb), event)]
     for cb in self.cbs: cb.learner = self       # also where another Learner has had it in between
-    self._handlers = {e: of(e) if e in events else [] for e in EVENTS}
+    self._handlers = {e: of(e) if e in self._events else [] for e in EVENTS}
 
 # %% ../nbs/11_learner.ipynb #e0a7e211
 def _no_batches(training):
@@ -303,7 +304,7 @@ def _pair(batch):
     "`batch` if it is a pair, or an error that says what it is"
     if isinstance(batch, (tuple,list)) and len(batch)==2: return batch
     what = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple,list,Mapping)) else '')
-    raise TypeError(f"Learner: a batch must be a pair (xb, yb), but the loader gave a {what}. Several inputs belong "
+    raise TypeError(f"Learner: a batch must be a pair (xb, yb), but the loader gave a {what}. Several inputs belong in "
                     "one tuple or dict, ((x1, x2), yb): mend the dataset or its collate function")
 
 def _check_loss(loss, training):
@@ -321,7 +322,7 @@ def _check_loss(loss, training):
 def add_cbs(self:Learner,
     cbs, # a callback, a list of them, or None
 )->list: # the callbacks added
-    "Add callbacks: all of them, or none if one is not right"
+    "Add callbacks: all of them, or none if one is not right; in the middle of a fit they hear of the next event"
     cbs = [] if cbs is None else [cbs] if isinstance(cbs, (Callback,type)) else list(cbs)
     for i,cb in enumerate(cbs):
         name = cb.__name__ if isinstance(cb, type) else type(cb).__name__
@@ -331,6 +332,7 @@ def add_cbs(self:Learner,
         if any(cb is o for o in self.cbs + cbs[:i]): raise ValueError(f"Learner: this {name} is there already")
     for cb in cbs: cb.learner = self
     self.cbs = sorted(self.cbs + cbs, key=lambda cb: cb.order)      # equals stay in the order they came in
+    if self.in_fit: self._collect()
     return cbs
 
 @patch
@@ -344,6 +346,7 @@ def remove_cbs(self:Learner,
             raise ValueError(f"Learner: there is no such {type(cb).__name__} to remove")
         self.cbs = [o for o in self.cbs if o is not cb]
         cb.learner = None
+    if self.in_fit: self._collect()
 
 # %% ../nbs/11_learner.ipynb #602c20b2
 def _plain(o, path='state'):
@@ -411,7 +414,6 @@ def _set_random_state(state):
     for i,o in enumerate(state.get('cuda', [])[:torch.cuda.device_count()]): torch.cuda.set_rng_state(o.cpu(), i)
     if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'].cpu())
 
-# %% ../nbs/11_learner.ipynb #8c83ad9a
 def _length(o):
     try: return len(o)
     except TypeError: return None       # a generator, say
@@ -576,7 +578,7 @@ def _joined(parts):
         return getattr(first, '_make', type(first))(_joined(list(o)) for o in zip(*parts))
     return [o for part in parts for o in part] if isinstance(first, (tuple,list)) else parts
 
-_PASS = 'training dl n_iter iter batch xb yb n_items preds _handlers'.split()
+_PASS = 'training dl n_iter iter batch xb yb n_items preds _handlers _events'.split()
 
 @patch
 def _infer(self:Learner, dl):
@@ -598,6 +600,7 @@ def _infer(self:Learner, dl):
     finally:                # it may have been called by a callback, in the middle of a fit
         for k in _PASS: vars(self).pop(k, None)
         vars(self).update(before)
+        if self.in_fit: self._collect()      # callbacks may have come or gone in between
     if not out: raise ValueError("Learner: there are no predictions, for the loader gave no batches")
     return out
 

@@ -520,3 +520,46 @@ def test_learners_can_be_copied_and_pickled():
         torch.manual_seed(1); random.seed(1); np.random.seed(1)
         ends[-1].fit(1)
     for other in ends[1:]: same(end(other)[:2], end(ends[0])[:2])
+
+# ---- callbacks that come or go in the middle of a fit
+
+def test_a_callback_that_comes_in_the_middle_of_a_fit_is_called():
+    class Bring(Callback):
+        def __init__(self, event, log):
+            self.log = log
+            def handler():
+                if self.log not in self.learner.cbs: self.learner.add_cbs(self.log)
+            setattr(self, event, handler)
+    for event in 'before_fit', 'before_epoch', 'after_batch', 'after_epoch':
+        log = Log()
+        make(cbs=Bring(event, log)).fit(2)
+        assert 'after_batch' in log.log and log.log[-2:]==['after_fit', 'cleanup_fit'], event
+
+def test_a_callback_that_goes_in_the_middle_of_a_fit_hears_no_more():
+    class Leave(Log):
+        def __init__(self, event):
+            super().__init__()
+            setattr(self, event, partial(self.leave, event))
+        def leave(self, event):
+            self.log.append(event)
+            self.learner.remove_cbs(self)
+    for event in 'before_fit', 'before_epoch', 'after_batch', 'after_epoch':
+        learn = make(cbs=[leave := Leave(event), other := Log()])
+        learn.fit(2)
+        assert leave.log[-1]==event and leave.log.count(event)==1 and learn.cbs==[other] and leave.learner is None
+        assert balanced(other.log)
+
+def test_a_callback_that_comes_or_goes_while_predicting():
+    class InPredict(Callback):
+        asked = False
+        def after_epoch(self):
+            if self.asked or not self.training: return
+            self.asked = True
+            self.learner.add_cbs(came := Log())
+            self.learner.get_preds()
+            assert set(came.log)=={'before_batch', 'after_pred', 'cleanup_batch'}
+        def after_pred(self):
+            if self.asked and late not in self.learner.cbs: self.learner.add_cbs(late)
+    late = Log()
+    make(cbs=InPredict()).fit(1)
+    assert set(late.log[:1])=={'cleanup_batch'} and late.log.count('before_epoch')==1 and late.log[-1]=='cleanup_fit'
