@@ -282,7 +282,9 @@ def eval(self:Module)->Module: # itself
 @patch
 def requires_grad_(self:Module, requires_grad:bool=True)->Module: # itself
     "Let the parameters of this module and all below it be trained; or freeze them, with False"
-    for p in self.parameters(): p.requires_grad_(requires_grad)
+    for p in self.parameters():
+        p.requires_grad_(requires_grad)
+        if not requires_grad: p.grad = None         # or the next step would still use it
     return self
 
 @patch
