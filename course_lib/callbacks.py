@@ -26,12 +26,14 @@ class EventTrace(Callback):
     "Prints the events of a fit's first epoch, with one batch of each pass, and who listens"
     order,in_lr_find = 1000,False
     def _trace(self, event):
+        if not self.in_fit: return      # `predict` fires events too
         stage = event.partition('_')[2]
         depth = ['fit', 'epoch'].index(stage) if stage in ('fit', 'epoch') else 2
         if depth and self.epoch or depth==2 and self.iter: return       # it was seen already
         shapes = {k: map_nested(lambda t: tuple(t.shape), getattr(self.learner, k)) for k in _news.get(event, ())}
         new = ', '.join(f'{name} {shape}' for name,shape in shapes.items())
-        who = ', '.join(type(cb).__name__ for cb in self.cbs if cb is not self and hasattr(type(cb), event))
+        who = ', '.join(type(cb).__name__ for cb in self.cbs
+                        if cb is not self and (event in vars(cb) or hasattr(type(cb), event)))
         print(f"{'    '*depth}{event}" + (f'  {new}' if new else '') + (f'  -> {who}' if who else ''))
 
 def _tracer(event):
@@ -147,7 +149,9 @@ class ProgressCB(Callback):
     order,in_lr_find = 50,False     # the metrics have come into the history by then
     def __init__(self,
         plain:bool=None, # plain lines, with a bar in a terminal only? By default everywhere but in a notebook
-    ): self.plain = not _in_notebook() if plain is None else plain
+    ):
+        self.plain = not _in_notebook() if plain is None else plain
+        self.first = self.bar = None    # there is no fit, and no pass
 
     def before_fit(self): self.first,self.n_printed,self.handle = len(self.history),0,None
 
@@ -159,12 +163,16 @@ class ProgressCB(Callback):
 
     def after_batch(self): self.bar.update(self.iter+1 - self.bar.n)
     def cleanup_epoch(self):
-        self.bar.close()
+        if self.bar is not None: self.bar.close()
+        self.bar = None
         if not self.training or len(self.passes)==1: self._show_rows()
-    def cleanup_fit(self): self._show_rows()
+    def cleanup_fit(self):
+        self._show_rows()
+        self.first = None
 
     def _show_rows(self):
         "Show the rows that have come since the last time"
+        if self.first is None: return       # another callback ended the fit before it began here
         names,rows = _table(self.history[self.first:])
         if self.n_printed==len(rows): return
         if not self.plain: return self.write('')
@@ -178,7 +186,8 @@ class ProgressCB(Callback):
         bar = text.strip()
         plain = '\n'.join(_as_text(names, o) for o in [names, *rows])
         bundle = {'text/html': _as_html(names, rows) + bar, 'text/plain': plain}
-        if self.handle is None: self.handle = sys.modules['IPython'].display.display(bundle, raw=True, display_id=True)
+        from IPython.display import display
+        if self.handle is None: self.handle = display(bundle, raw=True, display_id=True)
         else: self.handle.update(bundle, raw=True)
 
     def flush(self): "tqdm asks its file for it"
@@ -289,6 +298,7 @@ class EarlyStopping(Callback):
 
     def cleanup_fit(self):
         if self.weights: self.model.load_state_dict(self.weights)
+        self.weights = {}       # another fit must not get them
 
     def state_dict(self): return {k: getattr(self, k) for k in ('best', 'waited', 'weights')}
     def load_state_dict(self, state): vars(self).update(state)

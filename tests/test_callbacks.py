@@ -5,10 +5,11 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from course_lib.callbacks import GradClip, ProgressCB, SetupLearnerCB, TrackResults
+from course_lib.callbacks import (EarlyStopping, EventTrace, GradAccumulation, GradClip, MetricsCB, ProgressCB, SetupLearnerCB,
+                                  TrackResults)
 from course_lib.core import set_seed
 from course_lib.dataloader import DataLoader, DataLoaders, Dataset
-from course_lib.learner import Learner
+from course_lib.learner import EVENTS, Callback, CancelEpochException, CancelFitException, Learner
 from course_lib.losses import accuracy
 
 def make_learner(cbs, n=50, bs=16):
@@ -57,3 +58,46 @@ def test_clip_equals_torch(scale, limit):
     norm = nn.utils.clip_grad_norm_(b.model.parameters(), limit)
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p.grad, q.grad)
     assert torch.equal(a.cbs[0].norms[0], norm)
+
+class RaiseFirst(Callback):
+    "Raises `exc` at `event`, before any other callback has its turn"
+    order = -1000
+    def __init__(self, event, exc):
+        def handler(): raise exc
+        setattr(self, event, handler)
+
+MAKE = {'progress': lambda: ProgressCB(plain=True), 'accumulation': lambda: GradAccumulation(2), 'stop': lambda: EarlyStopping(restore=True),
+        'metrics': lambda: MetricsCB(right=accuracy), 'track': TrackResults, 'clip': lambda: GradClip(1.), 'setup': lambda: SetupLearnerCB('cpu'),
+        'trace': EventTrace}
+
+@pytest.mark.parametrize('name', MAKE)
+@pytest.mark.parametrize('event', [o for o in EVENTS if not o.startswith('cleanup')])
+@pytest.mark.parametrize('exc', [CancelFitException, CancelEpochException])
+def test_another_callback_may_cancel_first(name, event, exc):
+    "Cleanup fires also where this callback has not begun; and the next fit is as ever"
+    if exc is CancelEpochException and event in ('before_fit', 'after_fit'): return
+    learn = make_learner([MAKE[name](), raises := RaiseFirst(event, exc)])
+    learn.fit(1)
+    learn.remove_cbs(raises)
+    n = len(learn.history)
+    learn.fit(1)
+    assert len(learn.history)==n+2
+
+def test_early_stopping_gives_back_only_weights_of_its_fit():
+    stop = EarlyStopping(restore=True)
+    learn = make_learner(stop)
+    learn.fit(2)
+    learn.remove_cbs(stop)
+    learn.fit(2)
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit(1, cbs=[stop, RaiseFirst('before_fit', CancelFitException)])
+    for p,q in zip(learn.model.parameters(), before): assert torch.equal(p, q)
+
+def test_trace_names_all_who_listen_and_is_silent_in_predictions(capsys):
+    class Quiet(Callback):
+        def __init__(self): self.after_loss = lambda: None       # a handler of this one object
+    learn = make_learner([EventTrace(), Quiet()])
+    learn.get_preds()
+    assert capsys.readouterr().out==''
+    learn.fit(1)
+    assert [o.strip() for o in capsys.readouterr().out.splitlines() if '->' in o]==2*['after_loss  loss ()  -> Quiet']
