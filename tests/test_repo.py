@@ -133,6 +133,15 @@ def test_a_right_reference_is_not_found():
     assert not wrong_references("the `SGD` of [chapter 05](05_optim.ipynb), [`SGD`](05_optim.ipynb), and chapter 4 of the book")
 
 @by_name
+def test_tables_are_whole(path):
+    "An empty line within a table would show its last rows as text"
+    for i,c in enumerate(read(path).cells):
+        if c.cell_type!='markdown': continue
+        for table in re.findall(r'(?:^\|.*\n?)+', c.source, re.M):
+            rows = table.strip().split('\n')
+            assert len(rows)>2 and re.fullmatch(r'\|(\s*:?-+:?\s*\|)+', rows[1]), f'cell {i+1}: {rows[0]}'
+
+@by_name
 def test_chapter_has_its_form(path):
     nb,text = read(path),prose(read(path))
     assert nb.cells[0].source.startswith(f"# {path.stem.partition('_')[2]}: ")
