@@ -1,10 +1,13 @@
 "What the tests share: the repository's root, and its scripts as modules"
-import importlib.util
+import importlib.util, signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell starts what runs in its background with Ctrl-C ignored, and the scripts that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT)==signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture
 def root(): return ROOT
