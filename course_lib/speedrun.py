@@ -69,7 +69,7 @@ def speed_net(
 # %% ../nbs/21_speedrun.ipynb #ef2bafc0
 def orthogonalize(
     g:Tensor, # (nf, ...) gradient of a layer; axes after the first count as one
-    n_rounds:int=3, # more come closer to 1, and take longer
+    n_rounds:int=3, # more of them lift smaller singular values, too
 )->Tensor: # same shape
     """`g` with all its singular values moved towards 1 by rounds of a polynomial; times √(rows/columns) if it is tall
     ([Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/))"""
