@@ -9,6 +9,8 @@ __all__ = ['l1_norm', 'l2_norm', 'standard_error', 'PixelSimilarity']
 import torch
 from torch import Tensor
 
+from .core import check_number
+
 # %% ../nbs/03_baseline.ipynb #f5cacffc
 def _difference(name, a, b):
     "`a - b`, once their types and shapes are known to make sense"
@@ -35,16 +37,16 @@ def l2_norm(
     "L2 distance: the root of the sum of the squared differences of pixels"
     return _difference('l2_norm', a, b).square().sum((-2,-1)).sqrt()
 
-# %% ../nbs/03_baseline.ipynb #965db6e6
+# %% ../nbs/03_baseline.ipynb #557df220
 def standard_error(
     acc:float, # accuracy, from 0 to 1
     n:int, # number of items on which it was counted
 )->float: # in the same unit as `acc`
     "How far an accuracy counted on `n` items typically is from the one on endlessly many: sqrt(acc (1-acc) / n)"
-    if not (0<=acc<=1 and n>=1):
-        raise ValueError(f"standard_error: acc is {acc} and n is {n}, "
-                         "but acc from 0 to 1 and n of at least 1 are wanted")
-    return (float(acc)*(1-float(acc))/n)**0.5
+    acc = check_number('standard_error', 'acc', acc)
+    n = check_number('standard_error', 'n', n, least=1, whole=True)
+    if not 0<=acc<=1: raise ValueError(f"standard_error: acc is {acc}, but a share from 0 to 1 is wanted, not percent")
+    return (acc*(1-acc)/n)**0.5
 
 # %% ../nbs/03_baseline.ipynb #aa3c0083
 def _flat(x): # (n, ...) -> (n, d)

@@ -40,7 +40,6 @@ def _check_shapes(who, preds, targs):
     except RuntimeError: what = 'there must be one target for each prediction.'
     raise ValueError(f'{who}: predictions are {p} but targets are {t}; {what}')
 
-# %% ../nbs/04_linear.ipynb #6e0d3873
 def mnist_loss(
     preds:Tensor, # (n,) raw scores, or any other shape
     targs:Tensor, # same shape; 1 for a three, 0 for a seven
@@ -98,7 +97,6 @@ def batch_accuracy(
     _check_shapes('batch_accuracy', preds, targs)
     return ((preds>0) == targs).float().mean()
 
-# %% ../nbs/04_linear.ipynb #0b71d28a
 def validate_epoch(
     model:Callable, # takes a batch of inputs and returns predictions
     dl:Iterable, # batches (xb, yb)

@@ -1,8 +1,9 @@
 "Laws of distances, and PixelSimilarity against NumPy in double precision, on data made up by hypothesis"
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
+from scipy.stats import binom
 
-from course_lib.baseline import PixelSimilarity, l1_norm, l2_norm
+from course_lib.baseline import PixelSimilarity, l1_norm, l2_norm, standard_error
 
 norms = pytest.mark.parametrize('norm', [l1_norm, l2_norm])
 seeds = st.integers(0, 2**32-1)
@@ -127,3 +128,31 @@ def test_bad_pixels_are_named(metric, bad):
     for f in (model.distances, model.predict):
         with pytest.raises(ValueError, match='image 20 '): f(x)
     with pytest.raises(ValueError, match='class 2 '): PixelSimilarity(metric).fit(x, y)
+
+@quick
+@given(acc=st.floats(0, 1), n=st.integers(1, 100_000))
+def test_standard_error_is_the_spread_of_a_binomial(acc, n):
+    assert standard_error(acc, n) == pytest.approx(binom(n, acc).std()/n, rel=1e-6, abs=1e-12)
+    assert standard_error(1-acc, n) == pytest.approx(standard_error(acc, n), rel=1e-6, abs=1e-9)
+    assert standard_error(acc, 4*n) == pytest.approx(standard_error(acc, n)/2)
+
+@pytest.mark.parametrize('acc,n', [(0.966, 2038), (0.82, 10_000), (0.5, 20)])
+def test_standard_error_is_what_repeated_counting_shows(acc, n):
+    accs = np.random.default_rng(0).binomial(n, acc, 20_000)/n
+    assert standard_error(acc, n) == pytest.approx(accs.std(), rel=0.03)
+    assert np.mean(np.abs(accs-acc) <= 2*standard_error(acc, n)) == pytest.approx(0.95, abs=0.03)
+
+def test_standard_error_takes_numbers_of_any_kind():
+    wanted = standard_error(0.75, 16)
+    assert type(wanted) is float and wanted == 0.75**0.5/8
+    for acc in (np.float32(0.75), np.array(0.75), torch.tensor(0.75)):
+        for n in (np.int64(16), torch.tensor(16)): assert standard_error(acc, n) == wanted
+    assert standard_error(1, 16) == standard_error(0, 16) == 0
+
+@pytest.mark.parametrize('acc,n,says', [
+    (96.6, 2038, 'acc is 96.6'), (-0.1, 9, 'acc is -0.1'), (float('nan'), 9, 'acc is nan'), (True, 9, 'acc is True'), ('0.9', 9, "acc is '0.9'"),
+    (None, 9, 'acc is None'), (torch.ones(3), 9, 'acc is tensor'), (0.9, 0, 'n is 0'), (0.9, -5, 'n is -5'), (0.9, 2.5, 'n is 2.5'), (0.9, None, 'n is None'),
+    (0.9, True, 'n is True'), (0.9, float('inf'), 'n is inf')])
+def test_standard_error_refuses_what_is_no_accuracy(acc, n, says):
+    with pytest.raises(ValueError, match='^standard_error: ') as e: standard_error(acc, n)
+    assert says in str(e.value)
