@@ -98,7 +98,6 @@ class Optimizer(BasicOptim):
             fused = fused and dtype.is_floating_point and device.type in ('cpu', 'cuda', 'mps', 'xpu')
             (self.update_fused if fused else self.update)(*zip(*rows))
 
-# %% ../nbs/05_optim.ipynb #87422b8f
 def _alike(row):
     "Do these tensors lie in memory in the same order and without gaps? The fused operators take it for granted"
     if all(map(Tensor.is_contiguous, row)): return True
@@ -199,7 +198,6 @@ class Adam(Optimizer):
         self.operator(ps, gs, avgs, sqrs, [], ts, lr=self.lr, beta1=self.betas[0], beta2=self.betas[1],
                       weight_decay=self.wd, eps=self.eps, amsgrad=False, maximize=False)
 
-# %% ../nbs/05_optim.ipynb #f02d305d
 class AdamW(Adam):
     "Adam with weight decay apart from the gradient ([Loshchilov & Hutter 2019](https://arxiv.org/abs/1711.05101))"
     operator = staticmethod(torch._fused_adamw_)
@@ -226,7 +224,7 @@ def state_dict(self:BasicOptim)->dict: # optimizer, hypers and shapes, which JSO
                 shapes=[list(p.shape) for p in self.params],
                 state={key: t.clone() for key,t in _flat(self.state).items()})
 
-# %% ../nbs/05_optim.ipynb #33d95325
+# %% ../nbs/05_optim.ipynb #b5ed9305
 def _facts(state):
     "What must agree between two states, each under its name"
     return {'the class': state['optimizer'], 'the list of hyper-parameters': sorted(state['hypers']),
@@ -234,7 +232,6 @@ def _facts(state):
             **{f'the shape of parameter {i}': tuple(shape) for i,shape in enumerate(state['shapes'])},
             **{f'the shape of {key}': tuple(Tensor.size(t)) for key,t in state['state'].items()}}
 
-# %% ../nbs/05_optim.ipynb #b5ed9305
 @patch
 def load_state_dict(self:BasicOptim,
     saved:dict, # what `state_dict` of such an optimizer returned, for parameters of the same shapes
