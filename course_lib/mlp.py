@@ -30,7 +30,6 @@ def _check_batch(name, xb, ni):
     if not xb.is_floating_point():
         raise TypeError(f"{name}: got {xb.dtype}, but floats are wanted; for pixels from 0 to 255: xb.float()/255")
 
-# %% ../nbs/06_mlp.ipynb #cfa6e139
 def simple_net(
     xb:Tensor, # (n, ni) inputs
     w1:Tensor, # (ni, nh) weights of the first layer
@@ -58,7 +57,6 @@ def init_layer(
     std = math.sqrt(2/ni) if std is None else check_number('init_layer', 'std', std, least=0)
     return (torch.randn(ni,no)*std).requires_grad_(), torch.zeros(no).requires_grad_()
 
-# %% ../nbs/06_mlp.ipynb #5eacb492
 def init_net(
     ni:int, # number of inputs
     nh:int, # number of hidden units
