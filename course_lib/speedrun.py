@@ -113,17 +113,11 @@ class MixedPrecisionCB(Callback):
     ):
         if dtype not in (None,torch.float16,torch.bfloat16):
             raise ValueError(f"MixedPrecisionCB: dtype is {dtype}, but torch.float16 or torch.bfloat16 is wanted")
-        self.dtype,self.used,self.scaler,self.casts,self.waiting = dtype,dtype,None,[],False
+        self.dtype,self.used,self.casts = dtype,dtype,[]
+        self.scaler,self.unscaled,self.waiting = None,[],False      # for float16 only
 
     def _device(self): return next(iter(self.model.parameters())).device.type
     def _dtype(self): return self.dtype or (torch.float16 if self._device()=='cuda' else torch.bfloat16)
-
-    def before_fit(self):
-        self.used,before,self.scaler,self.unscaled,self.waiting = self._dtype(),self.scaler,None,[],False
-        if self.used!=torch.float16: return
-        self.scaler = torch.amp.GradScaler(self._device())
-        if before is not None: self.scaler.load_state_dict(before.state_dict())    # its scale, but not its notes
-        self.learner.backward,self.learner.step = self._backward,self._step
 
     def before_batch(self):
         self.casts.append(torch.autocast(self._device(), self._dtype()))    # a callback may ask for others meanwhile
@@ -139,56 +133,9 @@ class MixedPrecisionCB(Callback):
         self.casts = self.casts[:-1]
         if self.waiting and self.training: self._scale_again()
 
-    def cleanup_fit(self):
-        for name in ('backward', 'step'): vars(self.learner).pop(name, None)
-
     def _leave(self):
         if self.casts and self.casts[-1] is not None: self.casts[-1].__exit__(None, None, None)
         self.casts[-1:] = [None]
-
-# %% ../nbs/21_speedrun.ipynb #dc641caa
-class _Scaled:
-    "An optimizer as `GradScaler` wants it: with `param_groups`, which our own do not have"
-    def __init__(self, opt):
-        self.step,self.param_groups = opt.step,getattr(opt, 'param_groups', None) or [{'params': opt.params}]
-
-@patch
-def _backward(self:MixedPrecisionCB): self.scaler.scale(self.loss).backward()
-
-@patch
-def after_backward(self:MixedPrecisionCB):
-    if 'step' not in vars(self.learner): return     # bfloat16 needs no scale
-    self.unscaled.append(_Scaled(self.opt))         # a new one each time: the scaler unscales an optimizer only once
-    self.scaler.unscale_(self.unscaled[-1])
-    self.waiting = True
-
-@patch
-def _step(self:MixedPrecisionCB):
-    self.scaler.step(self.unscaled[-1])             # does nothing if a gradient is infinite or nan
-    self.scaler.update()
-    self.unscaled,self.waiting = [],False
-
-@patch
-@torch.no_grad()
-def _scale_again(self:MixedPrecisionCB):
-    "Another callback has cancelled the step: the gradients wait for those of the next batch, which will be scaled"
-    for p in (p for g in self.unscaled[-1].param_groups for p in g['params']):
-        if p.grad is not None: p.grad *= self.scaler.get_scale()
-    self.waiting = False
-
-# %% ../nbs/21_speedrun.ipynb #4e71e673
-@patch
-def state_dict(self:MixedPrecisionCB):
-    return {'dtype': str(self.used), 'scaler': self.scaler and self.scaler.state_dict()}
-
-@patch
-def load_state_dict(self:MixedPrecisionCB, state):
-    if len({state['dtype'], str(self.used), 'None'})>2:        # 'None': before its first fit
-        raise ValueError(f"MixedPrecisionCB: dtype was {state['dtype']} and is {self.used} here; make it "
-                         f"MixedPrecisionCB({state['dtype']})")
-    scaled = state['scaler'] or 'step' in vars(self.learner)
-    self.scaler,self.unscaled = torch.amp.GradScaler(self._device()) if scaled else None,[]
-    if state['scaler']: self.scaler.load_state_dict(state['scaler'])
 
 # %% ../nbs/21_speedrun.ipynb #b393767e
 def bfloat16_is_fast()->bool:
@@ -211,3 +158,58 @@ def speed_learner(
     cbs = [PixelsCB(22, shift), OneCycle(), MetricsCB(acc=accuracy)]
     if bfloat16_is_fast() if mixed is None else mixed: cbs.append(MixedPrecisionCB())
     return Learner(speed_net(22, nfs=nfs), dls, partial(cross_entropy, label_smoothing=0.1), 0.35, cbs, Muon)
+
+# %% ../nbs/21_speedrun.ipynb #dc641caa
+class _Scaled:
+    "An optimizer as `GradScaler` wants it: with `param_groups`, which our own do not have"
+    def __init__(self, opt):
+        self.step,self.param_groups = opt.step,getattr(opt, 'param_groups', None) or [{'params': opt.params}]
+
+@patch
+def before_fit(self:MixedPrecisionCB):
+    self.used,before,self.scaler,self.unscaled,self.waiting = self._dtype(),self.scaler,None,[],False
+    if self.used!=torch.float16: return             # bfloat16 needs no scale
+    self.scaler = torch.amp.GradScaler(self._device())
+    if before is not None: self.scaler.load_state_dict(before.state_dict())    # its scale, but not its notes
+    self.learner.backward,self.learner.step = self._backward,self._step
+
+@patch
+def cleanup_fit(self:MixedPrecisionCB):
+    for name in ('backward', 'step'): vars(self.learner).pop(name, None)
+
+@patch
+def _backward(self:MixedPrecisionCB): self.scaler.scale(self.loss).backward()
+
+@patch
+def after_backward(self:MixedPrecisionCB):
+    if 'step' not in vars(self.learner): return
+    self.unscaled.append(_Scaled(self.opt))         # a new one each time: the scaler unscales an optimizer only once
+    self.scaler.unscale_(self.unscaled[-1])
+    self.waiting = True
+
+@patch
+def _step(self:MixedPrecisionCB):
+    self.scaler.step(self.unscaled[-1])             # does nothing if a gradient is infinite or nan
+    self.scaler.update()
+    self.unscaled,self.waiting = [],False
+
+@patch
+@torch.no_grad()
+def _scale_again(self:MixedPrecisionCB):
+    "Another callback has cancelled the step: the gradients wait for those of the next batch, which will be scaled"
+    for p in (p for g in self.unscaled[-1].param_groups for p in g['params']):
+        if p.grad is not None: p.grad *= self.scaler.get_scale()
+    self.waiting = False
+
+@patch
+def state_dict(self:MixedPrecisionCB):
+    return {'dtype': str(self.used), 'scaler': self.scaler and self.scaler.state_dict()}
+
+@patch
+def load_state_dict(self:MixedPrecisionCB, state):
+    if len({state['dtype'], str(self.used), 'None'})>2:        # 'None': before its first fit
+        raise ValueError(f"MixedPrecisionCB: dtype was {state['dtype']} and is {self.used} here; make it "
+                         f"MixedPrecisionCB({state['dtype']})")
+    scaled = state['scaler'] or 'step' in vars(self.learner)
+    self.scaler,self.unscaled = torch.amp.GradScaler(self._device()) if scaled else None,[]
+    if state['scaler']: self.scaler.load_state_dict(state['scaler'])
