@@ -21,8 +21,8 @@ from .core import check_number
 # %% ../nbs/08_module.ipynb #30d14116
 class Parameter(Tensor):
     "A tensor that a `Module` finds and an optimizer trains; operations on it give plain tensors"
-    __torch_function__ = torch._C._disabled_torch_function_impl     # no detour through Python
-    _is_param = True                                                # by this PyTorch's own tools know a parameter
+    __torch_function__ = torch._C._disabled_torch_function_impl     # results are plain tensors
+    _is_param = True                                                # isinstance(p, torch.nn.Parameter) is True
     def __new__(cls,
         data, # tensor whose numbers it shares, or numbers
         requires_grad:bool=True, # compute gradients for it?
@@ -72,18 +72,7 @@ class Module:
     def _items(self): return [(name,v) for name,v in vars(self).items() if name!='_hooks']
     def __getstate__(self): return dict(Module._items(self))        # what copies are made of
 
-    def __setattr__(self, name, value):
-        path,old = f'{type(self).__name__}.{name}',vars(self).get(name)
-        if isinstance(value, torch.nn.Module): _check(path, value, ())
-        if isinstance(value, Tensor) and isinstance(old, Tensor) and not _is_part(value):
-            if isinstance(old, torch.nn.Parameter):
-                raise TypeError(f"{path} is a Parameter, and a plain tensor {tuple(value.shape)} would not be trained; "
-                                "set Parameter(…), or change its numbers: `with torch.no_grad(): ….copy_(…)`")
-            if isinstance(old, Buffer): value = Buffer(value)
-            elif isinstance(old, torch.nn.Buffer): value = torch.nn.Buffer(value, persistent=old.persistent)
-        super().__setattr__(name, value)
-
-# %% ../nbs/08_module.ipynb #05207677
+# %% ../nbs/08_module.ipynb #29b678e5
 _DICTS = dict,UserDict
 _BOXES = list,tuple,deque,UserList,L,*_DICTS,set,frozenset      # L is fastcore's list
 _LOOKED_AT = Module,Tensor,torch.nn.Module,*_BOXES
@@ -91,19 +80,39 @@ _LOOKED_AT = Module,Tensor,torch.nn.Module,*_BOXES
 def _is_part(v):
     return isinstance(v, (Module, Parameter, Buffer)) or isinstance(v, (torch.nn.Parameter, torch.nn.Buffer))
 
+def _check(path, v, above):
+    "Refuse `v` where it looks like a part of a model that could not be trained or saved; it stands inside of `above`"
+    if isinstance(v, torch.nn.Module):
+        raise TypeError(f"{_at(path, above)}: got torch.nn's {type(v).__name__}, and a Module of this library cannot "
+                        "look into it; use this library's own, or make the whole model of torch.nn's")
+    if isinstance(v, Tensor) and v.requires_grad and not _is_part(v) and v.is_leaf:
+        raise TypeError(f"{_at(path, above)} is a plain tensor that asks for gradients, and no optimizer would get it; "
+                        "make it a Parameter, or keep its `detach()`")
+    if id(v) in map(id, above):
+        raise ValueError(f"the {type(v).__name__} at {_at(path, above)!r} contains itself; remove that attribute")
+    in_set = any(isinstance(o, (set, frozenset)) for o in above)
+    if in_set and not isinstance(above[-1], Module) and _is_part(v):
+        raise TypeError(f"{_at(path, above)} is in a set, which has no order to name its parts by; make it a list")
+
+def _at(path, above): return '.'.join([type(o).__name__ for o in above[:1]] + [path])
+
+# %% ../nbs/08_module.ipynb #05207677
+def _inside(v, known, look):
+    "(name, value) of what stands in `v`: in a module if we `look`, in a list if there is `known`, in the second walk"
+    if isinstance(v, Module) and look:                              # its tensors first, as in PyTorch
+        return sorted(v._items(), key=lambda o: not isinstance(o[1], Tensor))
+    if isinstance(v, _BOXES) and known is not None: return v.items() if isinstance(v, _DICTS) else enumerate(v)
+    return ()
+
 def _walk(found, v, path, above, known, deep):
-    "Append (path, part) of each part in `v` to `found`; where there is `known`, also of those in lists, unless known"
+    "Append (path, part) of each part in `v` to `found`; `above` are the things it stands in"
     _check(path, v, above)
-    box,above = isinstance(v, _BOXES),(*above, v)
-    if _is_part(v) or box and v and known is None: found.append((path, v))
-    if isinstance(v, Module) and (deep or len(above)==1):                           # its tensors first, as in PyTorch
-        items = sorted(v._items(), key=lambda o: not isinstance(o[1], Tensor))
-    elif box and known is not None: items = v.items() if isinstance(v, _DICTS) else enumerate(v)
-    else: return found
-    for name,o in items:
+    box,inner = isinstance(v, _BOXES),(*above, v)
+    if _is_part(v) or box and v and known is None: found.append((path, v))      # the first walk only notes a list
+    for name,o in _inside(v, known, deep or not above):
         if not isinstance(o, _LOOKED_AT): continue
-        if box and id(o) in known and id(o) not in map(id, above): continue
-        _walk(found, o, f'{path}.{name}' if path else str(name), above, known, deep)
+        if box and id(o) in known and id(o) not in map(id, inner): continue             # it has a name
+        _walk(found, o, f'{path}.{name}' if path else str(name), inner, known, deep)
         if known is not None: known.add(id(o))
     return found
 
@@ -120,22 +129,18 @@ def _parts(self:Module, deep=True):
             raise ValueError(f"{type(self).__name__}: two parts have the path {path!r}; give one of them another name")
     return found
 
-# %% ../nbs/08_module.ipynb #29b678e5
-def _check(path, v, above):
-    "Refuse `v` where it looks like a part of a model that could not be trained or saved; it stands inside of `above`"
-    if isinstance(v, torch.nn.Module):
-        raise TypeError(f"{_at(path, above)}: got torch.nn's {type(v).__name__}, and a Module of this library cannot "
-                        "look into it; use this library's own, or make the whole model of torch.nn's")
-    if isinstance(v, Tensor) and v.requires_grad and not _is_part(v) and v.is_leaf:
-        raise TypeError(f"{_at(path, above)} is a plain tensor that asks for gradients, and no optimizer would get it; "
-                        "make it a Parameter, or keep its `detach()`")
-    if id(v) in map(id, above):
-        raise ValueError(f"the {type(v).__name__} at {_at(path, above)!r} contains itself; remove that attribute")
-    in_set = any(isinstance(o, (set, frozenset)) for o in above)
-    if in_set and not isinstance(above[-1], Module) and _is_part(v):
-        raise TypeError(f"{_at(path, above)} is in a set, which has no order to name its parts by; make it a list")
-
-def _at(path, above): return '.'.join([type(o).__name__ for o in above[:1]] + [path])
+# %% ../nbs/08_module.ipynb #5693c209
+@patch
+def __setattr__(self:Module, name, value):
+    path,old = f'{type(self).__name__}.{name}',vars(self).get(name)
+    if isinstance(value, torch.nn.Module): _check(path, value, ())
+    if isinstance(value, Tensor) and isinstance(old, Tensor) and not _is_part(value):
+        if isinstance(old, torch.nn.Parameter):
+            raise TypeError(f"{path} is a Parameter, and a plain tensor {tuple(value.shape)} would not be trained; "
+                            "set Parameter(…), or change its numbers: `with torch.no_grad(): ….copy_(…)`")
+        if isinstance(old, Buffer): value = Buffer(value)
+        elif isinstance(old, torch.nn.Buffer): value = torch.nn.Buffer(value, persistent=old.persistent)
+    super(Module, self).__setattr__(name, value)
 
 # %% ../nbs/08_module.ipynb #4a7a44db
 def _once(parts, kind):
