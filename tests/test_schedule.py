@@ -281,3 +281,11 @@ def test_a_fall_beyond_the_lowest_point_is_not_suggested():
     finder.lrs = np.geomspace(1e-4, 10, 100).tolist()
     finder.losses = np.interp(np.arange(100), [0,40,60,70,99], [2,1,2,1.2,1.2]).tolist()     # the second fall is steeper
     assert finder.suggestion() < finder.lrs[40]
+
+def test_the_lowest_point_is_the_minimum_of_a_known_curve():
+    finder = LRFinder(n=100)
+    finder.lrs = np.geomspace(1e-4, 10, 100).tolist()
+    finder.losses = ((np.log10(finder.lrs)+1.5)**2 + 1).tolist()            # a parabola, lowest at 10^-1.5
+    assert finder.suggestion() < finder.lowest() and abs(math.log10(finder.lowest())+1.5) < 0.06
+    finder.losses = finder.losses[50:] + [5.]*50        # rises from the start: there is no place to name
+    with pytest.raises(ValueError, match='never fell'): finder.lowest()
