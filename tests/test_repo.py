@@ -147,8 +147,9 @@ def test_chapter_has_its_form(path):
     assert nb.cells[0].source.startswith(f"# {path.stem.partition('_')[2]}: ")
     for wanted in 'Two cores:', 'You will be able to', 'Predict first', 'What goes wrong', '## Recap', '## Check yourself', '<details>': assert wanted in text, wanted
     for i,c in enumerate(nb.cells):
-        if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])):
-            assert re.match(r'#\| fig-alt: ".{20,}"', c.source), f'cell {i+1} draws a figure without alt text'
+        drawn = any({'image/png', 'image/svg+xml'} & set(o.get('data', {})) for o in c.get('outputs', []))
+        told = bool(re.match(r'#\| fig-alt: ".{20,}"', c.source))
+        assert drawn==told, f'cell {i+1}: ' + ('a figure without alt text' if drawn else 'its figure was not saved')
         if c.cell_type=='code':
             long = [l for l in c.source.splitlines() if len(l)>120 and not l.startswith('#| fig-alt')]
             assert not long, f'cell {i+1}: lines over 120 columns: {long}'

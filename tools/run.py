@@ -19,7 +19,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 NBS, OUT = ROOT/'nbs', ROOT/'_run'
 CELL_TIMEOUT = 600  # seconds
-ONE_THREAD = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}   # two notebooks with two threads each would fight over two cores
+KERNEL_ENV = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1',         # two notebooks with two threads each would fight over two cores
+              'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}     # with the caller's, figures might not be kept
 
 def memory(p):
     "Bytes that process `p` takes; on Linux, memory that several processes share is divided among them"
@@ -42,7 +43,7 @@ class Chapter:
         done = threading.Event()
         start = time.time()
         try:
-            with client.setup_kernel(env={**os.environ, **ONE_THREAD, 'COURSE_RESULTS': str(results)}):
+            with client.setup_kernel(env={**os.environ, **KERNEL_ENV, 'COURSE_RESULTS': str(results)}):
                 threading.Thread(target=self._watch, args=(client.km, done), daemon=True).start()
                 for i,cell in enumerate(self.nb.cells):
                     if self.stop.is_set(): break
