@@ -198,6 +198,7 @@ class Adam(Optimizer):
         self.operator(ps, gs, avgs, sqrs, [], ts, lr=self.lr, beta1=self.betas[0], beta2=self.betas[1],
                       weight_decay=self.wd, eps=self.eps, amsgrad=False, maximize=False)
 
+# %% ../nbs/05_optim.ipynb #e52b80a9
 class AdamW(Adam):
     "Adam with weight decay apart from the gradient ([Loshchilov & Hutter 2019](https://arxiv.org/abs/1711.05101))"
     operator = staticmethod(torch._fused_adamw_)

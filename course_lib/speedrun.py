@@ -201,6 +201,7 @@ def _scale_again(self:MixedPrecisionCB):
         if p.grad is not None: p.grad *= self.scaler.get_scale()
     self.waiting = False
 
+# %% ../nbs/21_speedrun.ipynb #090f11a0
 @patch
 def state_dict(self:MixedPrecisionCB):
     return {'dtype': str(self.used), 'scaler': self.scaler and self.scaler.state_dict()}
