@@ -154,8 +154,9 @@ def convert_image(
 ): # PIL image of that mode
     "The picture as a viewer shows it: upright, 16 bits scaled to 8, palettes resolved, transparent parts on white"
     im.load()
-    with suppress(Exception): ImageOps.exif_transpose(im, in_place=True)    # damaged EXIF does not spoil the pixels
-    if im.mode.startswith('I;16') or (im.mode=='I' and im.format in ('PNG', 'PPM')):    # I: in older Pillows
+    kind = im.format        # which a copy does not have
+    with suppress(Exception): im = ImageOps.exif_transpose(im)      # a copy; damaged EXIF does not spoil the pixels
+    if im.mode.startswith('I;16') or (im.mode=='I' and kind in ('PNG', 'PPM')):     # I: in older Pillows
         im = Image.fromarray((np.asarray(im)/257).round().astype(np.uint8))
     elif im.mode in ('I', 'F'):
         raise ValueError(f"its pixels have 32 bits (mode {im.mode}), and nothing says which is white; save it with 8")

@@ -56,7 +56,6 @@ def get_num_correct(
     answers,targs = _answers('get_num_correct', preds, targs)
     return (answers==targs).sum()
 
-# %% ../nbs/18_fashion.ipynb #2856e6a8
 def _answers(who, preds, targs):
     "The class numbers, (n,) int64, that scores (n, c) or class numbers (n,), and targets (n,), stand for"
     preds,targs = torch.as_tensor(preds),torch.as_tensor(targs)

@@ -787,6 +787,17 @@ def test_every_orientation_is_turned_upright(tmp_path, suffix, orientation):
     assert torch.equal(stack_images([tmp_path/f'b.{suffix}'])[0], torch.from_numpy(seen)/255)
     assert seen.shape == (48,72) and abs(seen.astype(int) - np.asarray(upright)).mean() < (3 if suffix=='jpg' else 0.01)
 
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'P'])
+def test_a_converted_image_is_left_as_it_was(tmp_path, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(GRAY).convert(mode).save(tmp_path/'a.png', exif=exif)
+    with Image.open(tmp_path/'a.png') as im:
+        im.load()
+        before = im.size,im.mode,im.tobytes(),im.getexif()[0x0112]
+        for to in ('L', 'RGB'): assert convert_image(im, to).size == im.size[::-1]
+        assert (im.size,im.mode,im.tobytes(),im.getexif()[0x0112])==before
+
 @pytest.mark.parametrize('exif', [b'Exif\0\0nonsense', b'Exif\0\0', b'Exif\0\0II*\0\x08\0\0\0\xff\xff', b'Exif\0\0MM\0*\xff\xff\xff\xff'])
 @pytest.mark.filterwarnings('ignore')
 def test_damaged_exif_does_not_spoil_the_pixels(tmp_path, exif):
