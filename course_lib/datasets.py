@@ -121,6 +121,9 @@ def save_images(
         if nameless := set(labels) - set(classes): raise ValueError(
             f"save_images: {len(classes)} classes name the labels 0 to {len(classes)-1}, but there are also "
             f"{sorted(nameless)}; name all, or give a dict of those to save")
+    elif labels and not set(labels) & set(classes): raise ValueError(
+        f"save_images: the labels are {labels[:5]}, and none is among the classes {list(classes)[:5]}: "
+        "nothing would be saved")
     for c,name in _folders(classes).items():
         (path/name).mkdir(parents=True, exist_ok=True)
         for i in np.flatnonzero(y==c):

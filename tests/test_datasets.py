@@ -861,3 +861,11 @@ def test_classes_may_be_numbers(tmp_path):
 def test_class_names_that_fall_together_or_hide_are_refused(tmp_path, classes):
     with pytest.raises(ValueError, match='save_images.*rename'): save_images(GRAY[None].repeat(2, 0), [0,1], tmp_path/'x', classes)
     assert not (tmp_path/'x').exists()
+
+def test_classes_that_name_no_label_are_refused(tmp_path):
+    "Numbers written as text are other keys than the numbers: nothing would be saved"
+    for classes in ({'0': 'a', '1': 'b'}, {7: 'a'}, {}):
+        with pytest.raises(ValueError, match='nothing would be saved'):
+            save_images(GRAY[None].repeat(2, 0), [0,1], tmp_path/'x', classes)
+    assert not (tmp_path/'x').exists()
+    assert found(save_images(GRAY[None].repeat(2, 0), [0,1], tmp_path/'y', {np.int64(1): 'b', 7: 'c'})) == ['b/1.png']
