@@ -82,7 +82,8 @@ def collate(
 # %% ../nbs/02_dataloader.ipynb #bd8a79cb
 def _mix(*numbers):
     "One seed, below 2**32, made of several whole numbers; any change in one of them gives an unrelated seed"
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    def mixed(o): return int(np.random.SeedSequence(o).generate_state(1)[0])
+    return mixed([o if o < 2**32 else mixed(o) for o in numbers])   # it would read (2**32 + 42, 0) as (42, 1)
 
 def _shuffled(n, seed):
     "The numbers from 0 to n-1, in an order that depends on `seed` only"
@@ -169,6 +170,9 @@ def _settings(self:DataLoader):
     if hasattr(self.ds, 'iloc') or not (hasattr(self.ds, '__len__') and hasattr(self.ds, '__getitem__')):
         raise TypeError(f"DataLoader: a dataset needs a length and items numbered by their places, and "
                         f"{type(self.ds).__name__} lacks them; take Dataset(x, y), or a list such as list(zip(x, y))")
+    for o in 'shuffle','drop_last':
+        if isinstance(v := getattr(self, o), str):
+            raise TypeError(f"DataLoader: {o} is the text {v!r}, but True or False is wanted")
     whole = partial(check_number, 'DataLoader', whole=True)
     self.n_workers,self.epoch = whole('n_workers', self.n_workers, least=0), whole('epoch', self.epoch, least=0)
     return dict(n=len(self.ds), bs=whole('bs', self.bs, least=1), shuffle=bool(self.shuffle),

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import multiprocessing as mp
 from torch.utils import data as torch_data
 
-from course_lib.dataloader import BatchError, DataLoader, DataLoaders, Dataset, Normalize, collate
+from course_lib.dataloader import BatchError, DataLoader, DataLoaders, Dataset, Normalize, _mix, collate
 from course_lib.core import set_seed
 
 posix = pytest.mark.skipif(sys.platform=='win32', reason='signals and fork are POSIX')
@@ -735,3 +735,22 @@ def test_statistics_of_normalize():
     for bad in x[:2], x[0], x[None,None][...,0]:
         if bad.ndim<3 or bad.shape[-3]!=3:
             with pytest.raises(ValueError, match='statistics for 3 channels do not fit'): norm(bad)
+
+# ---- seeds and settings that look harmless ----
+
+def test_large_seeds_are_not_other_epochs_of_small_ones():
+    "NumPy's SeedSequence cuts a whole number of more than 32 bits into pieces; (42 + 2**32, 0) would be (42, 1)"
+    orders = [torch.cat(list(DataLoader(list(range(50)), shuffle=True, seed=s))).tolist() for s in (42, 42 + 2**32, 42 + 2**64)]
+    dl = DataLoader(list(range(50)), shuffle=True, seed=42)
+    orders += [torch.cat(list(dl)).tolist() for _ in range(3)][1:]
+    assert len(set(map(tuple, orders))) == 5
+    assert len({_mix(a, b) for a in (0, 1, 2**32, 2**32 + 1, 2**33) for b in (0, 1, 2, 2**32)}) == 20
+
+@pytest.mark.parametrize('name', ['shuffle', 'drop_last'])
+def test_text_is_not_true(name):
+    "'False' from a file of settings would count as True"
+    with pytest.raises(TypeError, match=f"{name} is the text 'False'"): DataLoader([1, 2], **{name: 'False'})
+    dl = DataLoader([1, 2])
+    setattr(dl, name, 'no')
+    with pytest.raises(TypeError, match=name): list(dl)
+    for value in (np.bool_(True), 1, None): DataLoader([1, 2], **{name: value})
