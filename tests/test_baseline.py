@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import binom
 
-from course_lib.baseline import PixelSimilarity, l1_norm, l2_norm, standard_error
+from course_lib.baseline import PixelSimilarity, compare_right, l1_norm, l2_norm, standard_error
 
 norms = pytest.mark.parametrize('norm', [l1_norm, l2_norm])
 seeds = st.integers(0, 2**32-1)
@@ -158,3 +158,21 @@ def test_standard_error_takes_numbers_of_any_kind():
 def test_standard_error_refuses_what_is_no_accuracy(acc, n, says):
     with pytest.raises(ValueError, match='^standard_error: ') as e: standard_error(acc, n)
     assert says in str(e.value)
+
+def test_compare_right_counts_and_judges(capsys):
+    n = 1000
+    a,b = torch.arange(n)<900,torch.arange(n)>=60            # 900 and 940 right
+    assert compare_right(a, b) == (60, 100, 'apart')
+    p,q = standard_error(0.9, n),standard_error(0.94, n)
+    assert f'0.9000 and 0.9400: 0.0400 apart, two standard errors are {2*np.hypot(p, q):.4f}: apart' in capsys.readouterr().out
+    assert compare_right(b, a) == (100, 60, 'apart')
+    assert compare_right(a, a) == (0, 0, 'level')
+    assert compare_right(a[:10], b[:10])[-1] == 'apart'      # 1 and 0.  Ten alike would be level:
+    assert compare_right(a[100:110], b[100:110]) == (0, 0, 'level')
+
+@pytest.mark.parametrize('b', [torch.ones(5), torch.ones(5, 1, dtype=torch.bool), torch.ones(4, dtype=torch.bool),
+                               torch.tensor(True)])
+def test_compare_right_refuses_what_would_broadcast(b):
+    with pytest.raises(ValueError, match='^compare_right: got .*trues and falses'):
+        compare_right(torch.ones(5, dtype=torch.bool), b)
+    with pytest.raises(ValueError): compare_right(torch.ones(0, dtype=torch.bool), torch.ones(0, dtype=torch.bool))
