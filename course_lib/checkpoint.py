@@ -194,6 +194,7 @@ def save_model(
 ):
     "Save weights for use, with class names and normalization, as one safetensors file"
     path,about = Path(path),{'format': _FORMAT}
+    if isinstance(classes, torch.Tensor): classes = classes.tolist()
     if classes is not None: about['classes'] = json.dumps([str(o) for o in classes])
     if norm is not None: about['mean'],about['std'] = (json.dumps(t.flatten().tolist()) for t in (norm.mean, norm.std))
     part = path.with_name(f'{uuid4().hex}.part')

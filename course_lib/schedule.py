@@ -20,7 +20,7 @@ from .learner import Callback, CancelFitException, Learner, get_hyper, set_hyper
 class LRFinder(Callback):
     """Raises the learning rate with each batch until the loss explodes, then puts everything back
     ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3)"""
-    order,_state = -100,None        # first: what it keeps is untouched by others
+    order,_state,_done = -100,None,False        # first: what it keeps is untouched by others
     def __init__(self,
         start:float=1e-4, # learning rate of the first batch
         end:float=10., # learning rate of the last batch, unless the loss explodes before
@@ -32,7 +32,9 @@ class LRFinder(Callback):
         self.n = check_number('LRFinder', 'n', n, least=10, whole=True)     # fewer make no curve
         self.worst = check_number('LRFinder', 'worst', worst, above=1)
 
-    def before_fit(self): self.lrs,self.losses,self._average,self._state = [],[],0.,self.learner.state_dict()
+    def before_fit(self):
+        self.lrs,self.losses,self._average,self._done = [],[],0.,False
+        self._state = self.learner.state_dict()
 
     def _lr(self): return self.start * (self.end/self.start)**(len(self.lrs)/(self.n-1))
 
@@ -42,10 +44,12 @@ class LRFinder(Callback):
     def after_loss(self):
         if not self.training: return
         loss = self.loss.item()
-        if not math.isfinite(loss): raise CancelFitException()
-        self.lrs.append(self._lr())
-        self.losses.append(loss)
-        if len(self.lrs)==self.n or self._exploded(loss): raise CancelFitException()
+        self._done = not math.isfinite(loss)
+        if not self._done:
+            self.lrs.append(self._lr())
+            self.losses.append(loss)
+            self._done = len(self.lrs)==self.n or self._exploded(loss)
+        if self._done: raise CancelFitException()
 
     def cleanup_fit(self):
         if self._state is not None: self.learner.load_state_dict(self._state)
@@ -71,6 +75,9 @@ def smooth(self:LRFinder)->np.ndarray: # as many numbers as `losses`
 @patch
 def suggestion(self:LRFinder)->float: # a learning rate
     "The learning rate at which the smoothed loss falls fastest, as a share of itself"
+    if not self._done and len(self.lrs)<self.n:
+        raise ValueError(f"LRFinder: the fit was over after {len(self.lrs)} batches of the {self.n} of a sweep; "
+                         f"ask for more epochs, fit({self.n}) is always enough, or make n smaller")
     if len(self.lrs)<5:
         raise ValueError(f"LRFinder: there were only {len(self.lrs)} batches before the loss exploded or was nan; "
                          "start at a smaller learning rate, or look for nan in the data")
@@ -83,7 +90,7 @@ def suggestion(self:LRFinder)->float: # a learning rate
 
 @patch
 def lowest(self:LRFinder)->float: # a learning rate, larger than the suggestion
-    "The learning rate at which the smoothed loss is lowest: the most that the top of a schedule should have"
+    "The learning rate of the sweep with the lowest smoothed loss: the most that the top of a schedule should have"
     self.suggestion()       # has the loss fallen at all?
     return self.lrs[self.smooth().argmin()]
 
@@ -157,13 +164,15 @@ class Schedule(Callback):
         if not 0 <= pos <= 1:
             raise ValueError(f"{type(self).__name__}: pos is {pos}, but the share of the fit that is done is wanted, "
                              "0 to 1; divide the number of the step by the number of all steps")
-        return self.factor(pos)
+        return self._number(f'factor({pos:.3g})', self.factor(pos), least=0)
 
     def mom(self,
         pos:float, # share of the fit that is done, 0 to 1
     )->float: # None if this schedule has none
         "The momentum"
-        return None if self.mom_func is None else self.mom_func(pos)
+        return None if self.mom_func is None else self._number(f'mom({pos:.3g})', self.mom_func(pos), least=0, below=1)
+
+    def _number(self, name, value, **bounds): return check_number(type(self).__name__, name, value, **bounds)
 
 # %% ../nbs/14_schedule.ipynb #e5a1d504
 @patch

@@ -140,7 +140,31 @@ def test_a_loader_that_gives_more_than_it_promised():
 def test_positions_are_shares(pos):
     with pytest.raises(ValueError, match='0 to 1'): OneCycle()(pos)
 
+@pytest.mark.parametrize('factor', [lambda pos: -0.1, lambda pos: math.nan, lambda pos: math.inf, lambda pos: None, lambda pos: True],
+                         ids=['negative', 'nan', 'inf', 'None', 'True'])
+def test_a_factor_that_is_no_learning_rate_is_refused_before_a_step(factor):
+    learn = learner()
+    with pytest.raises(ValueError, match=r'Schedule: factor\(0\) is '): learn.fit(1, cbs=Schedule(factor))
+    assert learn.step_count==0
+
+def test_factors_of_numpy_and_torch_are_numbers():
+    for kind in (np.float32, np.float64, torch.tensor):
+        learn,sched = learner(),Schedule(lambda pos: kind(1-pos), lambda pos: kind(0.5))
+        learn.fit(1, lr=1., cbs=sched)
+        assert {type(o) for o in sched.lrs+sched.moms}=={float}
+
 # ---- the sweep ----
+
+@pytest.mark.parametrize('n_epochs', [1, 2])
+def test_a_sweep_that_the_fit_cut_off_says_so(n_epochs):
+    "An epoch of 8 batches is no sweep of 40; what exploded or came to its end is one"
+    set_seed(0)
+    learn,finder = learner(),LRFinder(1e-4, 1., 40)
+    learn.fit(n_epochs, cbs=finder)
+    with pytest.raises(ValueError, match=f'the fit was over after {8*n_epochs} batches of the 40'): finder.suggestion()
+    with pytest.raises(ValueError, match='the fit was over'): finder.lowest()
+    learn.fit(5, cbs=finder)
+    assert len(finder.lrs)==40 and finder.suggestion()<=finder.lowest()
 
 class Net(nn.Module):
     "Dropout, BatchNorm, and a buffer that is replaced and not saved"
