@@ -64,10 +64,10 @@ def calc_grad(
 # %% ../nbs/04_linear.ipynb #bb847448
 def gd_step(
     params:Iterable, # the parameters, each with its gradient
-    lr:float, # learning rate
+    lr:float, # learning rate, 0 or more
 ):
     "Gradient descent: subtract `lr` times its gradient from each parameter, and set the gradient to zero"
-    params,lr = list(params),check_number('gd_step', 'lr', lr)
+    params,lr = list(params),check_number('gd_step', 'lr', lr, least=0)
     if not params: raise ValueError("gd_step: no parameters; a generator is empty after its first use, so use a list")
     with torch.no_grad():
         for i,p in enumerate(params):

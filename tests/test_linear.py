@@ -104,7 +104,7 @@ def test_numbers_of_numpy_and_torch_do_as_well(number):
     assert torch.equal(params[0], params2[0]) and params2[0].dtype==torch.float32
     assert init_params((np.int64(2), 3)).shape==(2, 3) and init_params(np.int64(2)).shape==(2,)
 
-@pytest.mark.parametrize('bad', [None, True, float('nan'), float('inf'), '1'])
+@pytest.mark.parametrize('bad', [None, True, float('nan'), float('inf'), '1', -1.])
 def test_other_numbers_are_refused_before_anything_changes(bad):
     dls,model,params = small_task()
     calc_grad(*dls.train[0], model)
