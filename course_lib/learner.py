@@ -37,7 +37,9 @@ class Callback(GetAttr):
     in_lr_find = True                       # does it take part when `lr_find` (chapter 14) tries learning rates?
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for name,value in vars(cls).items(): _check_event(cls.__name__, name, value)
+        for c in cls.__mro__:               # its own names, and those of mixins
+            if c is cls or not issubclass(c, Callback):
+                for name,value in vars(c).items(): _check_event(cls.__name__, name, value)
 
     def __getattr__(self, name):
         if isinstance(found := getattr(type(self), name, None), property): return found.fget(self)  # for its own error
@@ -52,6 +54,8 @@ def _check_event(cls, name, value):
     if name in EVENTS:
         if not inspect.isfunction(value): return
         needed = [o for o in inspect.signature(value).parameters.values() if o.default is o.empty]
+        if inspect.iscoroutinefunction(value) or inspect.isgeneratorfunction(value):
+            raise TypeError(f"{cls}.{name} is async or has a yield, so a call would not run it; write a plain method")
         if len(needed)==1: return
         raise TypeError(f"{cls}.{name} must take self and nothing else, for events pass nothing on: write "
                         f"`def {name}(self)`, and find the batch, the loss and so on as self.xb, self.loss …")
@@ -67,7 +71,7 @@ class Learner:
     def __init__(self,
         model:Callable, # anything that can be called and has `parameters()`: of this library, of torch.nn, or your own
         dls, # `DataLoaders`, or anything with `train` and `valid`, both giving pairs (xb, yb)
-        loss_func:Callable, # takes predictions and targets, and returns the loss, ()
+        loss_func:Callable, # takes predictions and targets, and returns the batch's mean loss, ()
         lr:float, # learning rate
         cbs=None, # a callback, or a list of them
         opt_func:Callable=SGD, # takes a list of parameters and a learning rate, and returns an optimizer
@@ -264,6 +268,7 @@ def _begin(self:Learner, n_epochs, lr, train, valid):
     self.n_epochs = check_number('fit', 'n_epochs', n_epochs, least=1, whole=True)
     self.fit_lr = check_number('fit', 'lr', self.lr if lr is None else lr, least=0)
     self.passes = [True]*bool(train) + [False]*bool(valid)
+    if not self.passes: raise ValueError("fit: neither train nor valid is asked for, so there is nothing to do")
     for name in ['train']*bool(train) + ['valid']*bool(valid):
         if getattr(self.dls, name, None) is None:
             raise ValueError(f"fit: dls has no loader `{name}`; give it one, or call fit({name}=False)")
@@ -296,6 +301,8 @@ def _no_batches(training):
                       "empty, or smaller than a batch with drop_last, or it is a generator, used up")
 
 def _check_model(model):
+    if isinstance(model, type):
+        raise TypeError(f"Learner: {model.__name__} is a class; make a model of it, {model.__name__}(…)")
     if callable(model) and hasattr(model, 'parameters'): return
     raise TypeError(f"Learner: the model is a {type(model).__name__} without parameters() or __call__; "
                     "write a class with both, so that the optimizer knows what to train")

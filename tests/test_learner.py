@@ -320,6 +320,25 @@ def test_misspelt_events_are_refused(name):
 @pytest.mark.parametrize('name', ['per_epoch', 'loss_after_step', 'aftermath', 'fit_one', 'step', 'batch_before', '_after_batch', 'on_train_begin', 'epoch_after'])
 def test_innocent_names_are_not(name): a_class(**{name: lambda self: None})()
 
+def test_a_mixin_is_looked_at_too():
+    mixin = type('Mixin', (), {'after_bacth': lambda self: None})
+    with pytest.raises(TypeError, match='Some.after_bacth: there is no such event'): type('Some', (mixin, Callback), {})
+    class Base(Callback):
+        def after_batch(self): pass
+    type('Derived', (type('Good', (), {'after_loss': lambda self: None}), Base), {})
+
+def test_what_a_call_would_not_run_is_refused():
+    async def later(self): pass
+    def piecewise(self): yield
+    for f in later, piecewise:
+        with pytest.raises(TypeError, match='would not run it'): a_class(after_batch=f)
+
+def test_a_class_for_a_model_and_a_fit_of_nothing_are_refused():
+    with pytest.raises(TypeError, match='Linear is a class'): Learner(nn.Linear, None, F.mse_loss, 0.1)
+    learn = make()
+    with pytest.raises(ValueError, match='nothing to do'): learn.fit(1, train=False, valid=False)
+    learn.fit(1)
+
 def test_an_error_inside_a_property_is_its_own():
     class P(Callback):
         @property
