@@ -65,7 +65,7 @@ class DataBunch(DataLoaders):
 def get_model(
     db, # `DataBunch` or `DataLoaders`: tells how many pixels an item has, and how many classes there are
     lr:float=0.5, # learning rate
-    num_hidden_layers:int=50, # units in the hidden layer; the name is the classic one, there is one such layer
+    num_hidden_layers:int=50, # units in the hidden layer; there is one such layer, whatever the name says
 )->tuple: # a model, (bs, pixels) -> (bs, c) scores, and its optimizer
     "A net with one hidden layer, of PyTorch's parts, and PyTorch's SGD for it"
     x = db.train_ds[0][0]
