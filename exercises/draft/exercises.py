@@ -1,0 +1,221 @@
+"""The exercises: your copies of them, checks in a terminal, and your solutions in place of the library's.
+
+    python tools/exercises.py learn         how far you are; opens the next notebook that is not finished
+    python tools/exercises.py learn 04      make work/04_linear.ipynb, if it is not there, and open it in JupyterLab
+    python tools/exercises.py check 04      run your notebook here, without Jupyter, and print what its checks say
+    python tools/exercises.py progress      how far you are
+    python tools/exercises.py swap 04       your functions and classes in place of the library's: run the chapters that
+                                            use them, against the same ledger; or only some: swap 04 --chapters 05
+    python tools/exercises.py prove 04      for authors: put a chapter's exercises to the test
+
+What is in work/ is yours. It is never overwritten; `learn 04 --add` puts exercises that are new in the course at its end."""
+import argparse, ast, os, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+from course_lib.check import Outcome, _exercises, _read_progress, progress, proof, read_exercises     # noqa: E402
+
+def master(chapter):
+    "The notebook in exercises/ whose name starts with `chapter`"
+    found = sorted((ROOT/'exercises').glob(f'{chapter}*.ipynb')) if chapter else []
+    if len(found)==1: return found[0]
+    names = ', '.join(p.stem for p in sorted((ROOT/'exercises').glob('*.ipynb')))
+    sys.exit(f"no chapter with exercises starts with {chapter!r}; there are: {names}")
+
+def copy_of(path): return ROOT/'work'/path.name
+
+# ---- your copy ----
+
+def is_definition(ex):
+    "Is a function or class to be written, or a value?"
+    return any(isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name==ex.name for o in ast.parse(ex.stub).body)
+
+def cells_of(path):
+    "Cells that open the learner's notebook, and for each exercise its name and its cells"
+    opening,found,shared = [],{},''
+    exercises = {ex.name: ex for ex in read_exercises(path)}
+    text,own = None,[]
+    for cell in nbformat.read(path, as_version=4).cells:
+        head,_,rest = cell.source.partition('\n')
+        if cell.cell_type=='markdown' and cell.source.startswith('## '): text,own = cell.source,[]
+        elif cell.cell_type=='markdown' and text is None: opening.append(new_markdown_cell(cell.source))
+        elif head=='#| setup' and text is None: shared += rest + '\n'
+        elif head=='#| setup' and own is not None: own.append(new_code_cell(rest))
+        elif head.startswith('#| stub:'):
+            ex = exercises[head.removeprefix('#| stub:').strip()]
+            call = ex.name if is_definition(ex) else f'{ex.name}={ex.name}'
+            found[ex.name] = [new_markdown_cell(f'{text}\n\n*{ex.about}*'), *own, new_code_cell(ex.stub), new_code_cell(f'check({call})')]
+            own = None
+    how = ("Write your solution in place of each stub, run its cell, and then the check below it. Stuck? `hint()`, `hint(2)`, and at last `solution()`. "
+           f"The chapter: [{path.stem}](../nbs/{path.name}).")
+    return [*opening, new_markdown_cell(how), new_code_cell(f'{shared}from course_lib.check import check, hint, solution, progress')],found
+
+def make_copy(path, add=False):
+    "Make the learner's notebook, or say what is new in the course since it was made"
+    mine = copy_of(path)
+    opening,found = cells_of(path)
+    kernel = {'kernelspec': {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}}
+    if not mine.exists():
+        mine.parent.mkdir(exist_ok=True)
+        nb = new_notebook(cells=[*opening, *[c for cells in found.values() for c in cells]], metadata=kernel)
+        with open(mine, 'x', encoding='utf-8') as f: nbformat.write(nb, f)
+        print(f'made {mine.relative_to(ROOT)}, with {len(found)} exercises')
+        return mine
+    nb = nbformat.read(mine, as_version=4)
+    code = '\n'.join(c.source for c in nb.cells if c.cell_type=='code')
+    new = [name for name in found if f'check({name}' not in code]
+    if new and add:
+        nb.cells += [c for name in new for c in found[name]]
+        part = mine.with_suffix('.part')
+        nbformat.write(nb, part)
+        part.replace(mine)
+        print(f"added to the end of {mine.relative_to(ROOT)}: {', '.join(new)}")
+    elif new: print(f"{mine.relative_to(ROOT)} is yours and stays as it is. New in the course: {', '.join(new)}. To get it: python tools/exercises.py learn {path.name[:2]} --add")
+    else: print(f'{mine.relative_to(ROOT)} is there, and stays as it is')
+    return mine
+
+def next_chapter():
+    "The first chapter with an exercise that is not right yet; the last one if all are"
+    known,left = _read_progress(),[p for p in sorted((ROOT/'exercises').glob('*.ipynb'))]
+    for p in left:
+        if any(known.get(ex.name, {}).get('status')!='right' for ex in read_exercises(p)): return p
+    return left[-1]
+
+def learn(args):
+    if not args.chapter:
+        progress()
+        print()
+    mine = make_copy(master(args.chapter) if args.chapter else next_chapter(), args.add)
+    if not args.no_lab: sys.exit(subprocess.run([Path(sys.executable).parent/'jupyter', 'lab', str(mine)]).returncode)
+
+# ---- in a terminal ----
+
+def check(args):
+    "Run the cells of the learner's notebook, print the outcome of each check, and go on after errors"
+    from IPython.core.inputtransformer2 import TransformerManager
+    path = copy_of(master(args.chapter))
+    if not path.exists(): sys.exit(f'{path.relative_to(ROOT)} is not there yet. To make it: python tools/exercises.py learn {path.name[:2]}')
+    os.chdir(path.parent)
+    names,outcomes = {'__name__': '__main__'},[]
+    for i,cell in enumerate(nbformat.read(path, as_version=4).cells, 1):
+        if cell.cell_type!='code': continue
+        try:
+            body = ast.parse(TransformerManager().transform_cell(cell.source)).body
+            last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), f'<cell {i}>', 'exec'), names)
+            value = last and eval(compile(ast.Expression(last.value), f'<cell {i}>', 'eval'), names)
+        except Exception as e:
+            print(f'cell {i} of {path.name} ended with {type(e).__name__}: {e}\n')
+            continue
+        if isinstance(value, Outcome):
+            outcomes.append(value.status)
+            print(value, end='\n\n')
+    print(f"{outcomes.count('right')} right, {outcomes.count('not yet')} not yet, {outcomes.count('not attempted')} not attempted")
+    sys.exit(0 if outcomes and set(outcomes)=={'right'} else 1)
+
+# ---- your definitions in place of the library's ----
+
+def top_level(source):
+    "Names and source of the functions and classes that are defined in `source`"
+    lines = source.splitlines()
+    for o in ast.parse(source).body:
+        if isinstance(o, (ast.FunctionDef, ast.ClassDef)):
+            first = min([o.lineno, *[d.lineno for d in o.decorator_list]]) - 1
+            yield o.name,slice(first, o.end_lineno),'\n'.join(lines[first:o.end_lineno])
+
+def number(module):
+    "The chapter's number of a module of the library"
+    return int(next(iter((ROOT/'nbs').glob(f'[0-9]*_{module}.ipynb')), Path('99')).name[:2])
+
+def imports_for(source, module):
+    "Imports of the learner's that the module can have too: none of the library's own at or after it"
+    for o in ast.parse(source).body:
+        name = getattr(o, 'module', None) or ''
+        if isinstance(o, ast.Import) or isinstance(o, ast.ImportFrom) and (
+            not name.startswith('course_lib') or number(name.partition('.')[2])<number(module)): yield ast.unparse(o)
+
+def swapped(source, theirs, module):
+    "The source of a module with the learner's definitions `theirs` in place of its own; and the names of these"
+    mine = {}
+    for text in theirs: mine |= {name: code for name,_,code in top_level(text)}
+    own = {name: where for name,where,_ in top_level(source)}
+    new = [n for n in mine if n in own]
+    lines = source.splitlines()
+    for name in sorted(new, key=lambda n: -own[n].start): lines[own[name]] = mine[name].splitlines()
+    helpers = [o for text in theirs for o in imports_for(text, module)] + [code for n,code in mine.items() if n not in own]
+    first = min([own[n].start for n in new], default=0)
+    return '\n'.join([*lines[:first], *helpers, *lines[first:]]) + '\n',new
+
+def users(module, names):
+    "Notebooks that use one of `names` of a module of the library, directly or through other modules"
+    used = {module: set(names)}
+    def uses(source):
+        for o in ast.walk(ast.parse(source)):
+            if isinstance(o, ast.ImportFrom) and (o.module or '').rpartition('.')[2] in used:
+                wanted = used[o.module.rpartition('.')[2]]
+                got = {a.name for a in o.names}
+                if got & wanted or '*' in got and any(isinstance(n, ast.Name) and n.id in wanted for n in ast.walk(ast.parse(source))): return True
+    for path in sorted((ROOT/'course_lib').glob('*.py'), key=lambda p: number(p.stem)):
+        source = path.read_text(encoding='utf-8')
+        if path.stem not in used and uses(source): used[path.stem] = {n for n,_,code in top_level(source)}
+    found = []
+    for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
+        code = '\n'.join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type=='code' and not c.source.startswith('%'))
+        if path.stem.partition('_')[2]!=module and uses(code): found.append(path)
+    return found
+
+def swap(args):
+    from run import run_all, measured
+    path = copy_of(master(args.chapter))
+    if not path.exists(): sys.exit(f'{path.relative_to(ROOT)} is not there yet. To make it: python tools/exercises.py learn {path.name[:2]}')
+    module = path.stem.partition('_')[2]
+    stubs = {ast.unparse(ast.parse(ex.stub)) for ex in read_exercises(master(args.chapter))}
+    theirs = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type=='code' and 'check(' not in c.source and not c.source.lstrip().startswith(('%', '!'))]
+    theirs = [o for o in theirs if ast.unparse(ast.parse(o)) not in stubs]
+    source,new = swapped((ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8'), theirs, module)
+    if not new: sys.exit(f'{path.relative_to(ROOT)} defines nothing yet that is in course_lib.{module}')
+    chapters = [p for p in users(module, new) if not args.chapters or p.name[:2] in args.chapters]
+    if not chapters: sys.exit(f"no such chapter uses {', '.join(new)}; these do: {', '.join(p.stem for p in users(module, new))}")
+    print(f"yours: {', '.join(new)}. Chapters that use them: {', '.join(p.stem for p in chapters)}, about {sum(map(measured, chapters))/2:.0f} s")
+    with tempfile.TemporaryDirectory() as temp:
+        shutil.copytree(ROOT/'course_lib', Path(temp)/'course_lib', ignore=shutil.ignore_patterns('__pycache__'))
+        (Path(temp)/'course_lib'/f'{module}.py').write_text(source, encoding='utf-8')
+        os.environ['PYTHONPATH'] = os.pathsep.join([temp, *filter(None, [os.environ.get('PYTHONPATH')])])
+        os.environ['COURSE_DATA'] = os.environ.get('COURSE_DATA') or str(ROOT/'data')
+        run_all(chapters)
+    print(f"with your {', '.join(new)}, everything came out as the ledger expects it")
+
+# ---- for authors ----
+
+def prove(args):
+    "Print how far an exercise can be trusted, and how long its check takes"
+    from course_lib.check import diagnose
+    bad = 0
+    for path in [master(args.chapter)] if args.chapter else sorted((ROOT/'exercises').glob('*.ipynb')):
+        for ex in read_exercises(path):
+            start = time.time()
+            diagnose(ex, object())
+            seconds,faults = time.time()-start,proof(ex)
+            bad += len(faults)
+            print(f'{path.stem} {ex.name}: {len(ex.wrong)} mistakes, {len(ex.probes)} probes, {seconds:.1f} s for one that has no name')
+            for o in faults: print('   -', o)
+    sys.exit(bad>0)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('command', choices=['learn', 'check', 'progress', 'swap', 'prove'])
+    p.add_argument('chapter', nargs='?', default='', help='the first letters of a chapter, such as 04')
+    p.add_argument('--add', action='store_true', help='learn: put new exercises at the end of your notebook')
+    p.add_argument('--no-lab', action='store_true', help='learn: only make the notebook')
+    p.add_argument('--chapters', nargs='+', help='swap: run these chapters only, such as 05 06')
+    args = p.parse_args()
+    os.chdir(ROOT)
+    if args.command=='progress': progress()
+    else: globals()[args.command](args)
+
+if __name__ == '__main__': main()
