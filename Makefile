@@ -13,12 +13,14 @@ export MKL_NUM_THREADS = 1
 export PYDEVD_DISABLE_FILE_VALIDATION = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test lab bench save clean
+.PHONY: help env run test lab learn swap bench save clean
 
 help:
 	@echo "make run    run every chapter from top to bottom and print the ladder of results"
 	@echo "make test   run every check: notebooks and library in step, chapters as tests, pytest"
 	@echo "make lab    read the course in JupyterLab, starting at the index"
+	@echo "make learn  exercises: how far you are, and the next ones; or those of a chapter: make learn NB=04"
+	@echo "make swap   your solutions in place of the library's, in the chapters that use them: make swap NB=04"
 	@echo "make bench  measure the library against its peers, side by side: docs/benchmarks.md says how"
 	@echo "make save   for authors: export, run and save all chapters, or some: make save NB='02 05'"
 	@echo "make clean  remove .venv and everything the other targets made"
@@ -36,6 +38,12 @@ test: env
 
 lab: env
 	$(BIN)/jupyter lab nbs/index.ipynb
+
+learn: env
+	@$(PY) tools/exercises.py learn $(NB)
+
+swap: env
+	@$(PY) tools/exercises.py swap $(NB)
 
 bench: env
 	@$(PY) tools/bench.py

@@ -8,7 +8,7 @@
                                             use them, against the same ledger; or only some: swap 04 --chapters 05
     python tools/exercises.py prove 04      for authors: put a chapter's exercises to the test
 
-What is in work/ is yours. It is never overwritten; `learn 04 --add` puts exercises that are new in the course at its end."""
+What is in work/ is yours, and never overwritten; `learn 04 --add` puts exercises that are new in the course at its end."""
 import argparse, ast, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -28,6 +28,11 @@ def master(chapter):
     sys.exit(f"no chapter with exercises starts with {chapter!r}; there are: {names}")
 
 def copy_of(path): return ROOT/'work'/path.name
+
+def existing_copy(chapter):
+    path = copy_of(master(chapter))
+    if path.exists(): return path
+    sys.exit(f'{path.relative_to(ROOT)} is not there yet. To make it: python tools/exercises.py learn {path.name[:2]}')
 
 # ---- your copy ----
 
@@ -49,11 +54,13 @@ def cells_of(path):
         elif head.startswith('#| stub:'):
             ex = exercises[head.removeprefix('#| stub:').strip()]
             call = ex.name if is_definition(ex) else f'{ex.name}={ex.name}'
-            found[ex.name] = [new_markdown_cell(f'{text}\n\n*{ex.about}*'), *own, new_code_cell(ex.stub), new_code_cell(f'check({call})')]
+            found[ex.name] = [new_markdown_cell(f'{text}\n\n*{ex.about}*'), *own, new_code_cell(ex.stub),
+                              new_code_cell(f'check({call})')]
             own = None
-    how = ("Write your solution in place of each stub, run its cell, and then the check below it. Stuck? `hint()`, `hint(2)`, and at last `solution()`. "
-           f"The chapter: [{path.stem}](../nbs/{path.name}).")
-    return [*opening, new_markdown_cell(how), new_code_cell(f'{shared}from course_lib.check import check, hint, solution, progress')],found
+    how = ("Write your solution in place of each stub, run its cell, and then the check below it. Stuck? `hint()`, "
+           f"`hint(2)`, and at last `solution()`. The chapter: [{path.stem}](../nbs/{path.name}).")
+    imports = f'{shared}from course_lib.check import check, hint, solution, progress'
+    return [*opening, new_markdown_cell(how), new_code_cell(imports)],found
 
 def make_copy(path, add=False):
     "Make the learner's notebook, or say what is new in the course since it was made"
@@ -75,7 +82,8 @@ def make_copy(path, add=False):
         nbformat.write(nb, part)
         part.replace(mine)
         print(f"added to the end of {mine.relative_to(ROOT)}: {', '.join(new)}")
-    elif new: print(f"{mine.relative_to(ROOT)} is yours and stays as it is. New in the course: {', '.join(new)}. To get it: python tools/exercises.py learn {path.name[:2]} --add")
+    elif new: print(f"{mine.relative_to(ROOT)} is yours and stays as it is. New in the course: {', '.join(new)}. "
+                    f"To get it: python tools/exercises.py learn {path.name[:2]} --add")
     else: print(f'{mine.relative_to(ROOT)} is there, and stays as it is')
     return mine
 
@@ -98,8 +106,7 @@ def learn(args):
 def check(args):
     "Run the cells of the learner's notebook, print the outcome of each check, and go on after errors"
     from IPython.core.inputtransformer2 import TransformerManager
-    path = copy_of(master(args.chapter))
-    if not path.exists(): sys.exit(f'{path.relative_to(ROOT)} is not there yet. To make it: python tools/exercises.py learn {path.name[:2]}')
+    path = existing_copy(args.chapter)
     os.chdir(path.parent)
     names,outcomes = {'__name__': '__main__'},[]
     for i,cell in enumerate(nbformat.read(path, as_version=4).cells, 1):
@@ -115,7 +122,7 @@ def check(args):
         if isinstance(value, Outcome):
             outcomes.append(value.status)
             print(value, end='\n\n')
-    print(f"{outcomes.count('right')} right, {outcomes.count('not yet')} not yet, {outcomes.count('not attempted')} not attempted")
+    print(', '.join(f'{outcomes.count(o)} {o}' for o in ('right', 'not yet', 'not attempted')))
     sys.exit(0 if outcomes and set(outcomes)=={'right'} else 1)
 
 # ---- your definitions in place of the library's ----
@@ -127,6 +134,11 @@ def top_level(source):
         if isinstance(o, (ast.FunctionDef, ast.ClassDef)):
             first = min([o.lineno, *[d.lineno for d in o.decorator_list]]) - 1
             yield o.name,slice(first, o.end_lineno),'\n'.join(lines[first:o.end_lineno])
+
+def code_of(path):
+    "The code cells of a notebook, but for those that begin with a command of IPython's"
+    cells = nbformat.read(path, as_version=4).cells
+    return [c.source for c in cells if c.cell_type=='code' and not c.source.lstrip().startswith(('%', '!'))]
 
 def number(module):
     "The chapter's number of a module of the library"
@@ -155,33 +167,33 @@ def users(module, names):
     "Notebooks that use one of `names` of a module of the library, directly or through other modules"
     used = {module: set(names)}
     def uses(source):
-        for o in ast.walk(ast.parse(source)):
+        tree = ast.parse(source)
+        for o in ast.walk(tree):
             if isinstance(o, ast.ImportFrom) and (o.module or '').rpartition('.')[2] in used:
                 wanted = used[o.module.rpartition('.')[2]]
                 got = {a.name for a in o.names}
-                if got & wanted or '*' in got and any(isinstance(n, ast.Name) and n.id in wanted for n in ast.walk(ast.parse(source))): return True
+                if got & wanted or '*' in got and wanted & {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}: return True
     for path in sorted((ROOT/'course_lib').glob('*.py'), key=lambda p: number(p.stem)):
         source = path.read_text(encoding='utf-8')
         if path.stem not in used and uses(source): used[path.stem] = {n for n,_,code in top_level(source)}
     found = []
     for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
-        code = '\n'.join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type=='code' and not c.source.startswith('%'))
+        code = '\n'.join(code_of(path))
         if path.stem.partition('_')[2]!=module and uses(code): found.append(path)
     return found
 
 def swap(args):
     from run import run_all, measured
-    path = copy_of(master(args.chapter))
-    if not path.exists(): sys.exit(f'{path.relative_to(ROOT)} is not there yet. To make it: python tools/exercises.py learn {path.name[:2]}')
+    path = existing_copy(args.chapter)
     module = path.stem.partition('_')[2]
     stubs = {ast.unparse(ast.parse(ex.stub)) for ex in read_exercises(master(args.chapter))}
-    theirs = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type=='code' and 'check(' not in c.source and not c.source.lstrip().startswith(('%', '!'))]
-    theirs = [o for o in theirs if ast.unparse(ast.parse(o)) not in stubs]
+    theirs = [o for o in code_of(path) if 'check(' not in o and ast.unparse(ast.parse(o)) not in stubs]
     source,new = swapped((ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8'), theirs, module)
     if not new: sys.exit(f'{path.relative_to(ROOT)} defines nothing yet that is in course_lib.{module}')
     chapters = [p for p in users(module, new) if not args.chapters or p.name[:2] in args.chapters]
-    if not chapters: sys.exit(f"no such chapter uses {', '.join(new)}; these do: {', '.join(p.stem for p in users(module, new))}")
-    print(f"yours: {', '.join(new)}. Chapters that use them: {', '.join(p.stem for p in chapters)}, about {sum(map(measured, chapters))/2:.0f} s")
+    named = ', '.join(p.stem for p in chapters or users(module, new))
+    if not chapters: sys.exit(f"no such chapter uses {', '.join(new)}; these do: {named}")
+    print(f"yours: {', '.join(new)}. Chapters that use them: {named}, about {sum(map(measured, chapters))/2:.0f} s")
     with tempfile.TemporaryDirectory() as temp:
         shutil.copytree(ROOT/'course_lib', Path(temp)/'course_lib', ignore=shutil.ignore_patterns('__pycache__'))
         (Path(temp)/'course_lib'/f'{module}.py').write_text(source, encoding='utf-8')
@@ -202,7 +214,7 @@ def prove(args):
             diagnose(ex, object())
             seconds,faults = time.time()-start,proof(ex)
             bad += len(faults)
-            print(f'{path.stem} {ex.name}: {len(ex.wrong)} mistakes, {len(ex.probes)} probes, {seconds:.1f} s for one that has no name')
+            print(f'{path.stem} {ex.name}: {len(ex.wrong)} mistakes, {len(ex.probes)} probes, {seconds:.1f} s for one without a name')
             for o in faults: print('   -', o)
     sys.exit(bad>0)
 
