@@ -165,7 +165,8 @@ class Exercise:
     def _probes(self): return self.probes or {'the answer': self.name}
 
     def _probe(self, source, obj):
-        ns = {**self._namespace(), self.name: obj}
+        ns = self._namespace()
+        ns[self.name] = obj
         *first,last = ast.parse(source).body
         set_seed(0)
         try:
@@ -253,7 +254,7 @@ class Outcome:
 
     def lines(self):
         "What to tell, line by line"
-        more = {'right': '', 'not attempted': 'The stub is still there: write yours in its place, and run its cell.',
+        more = {'right': '', 'not attempted': 'It does what the stub does: write yours in its place, and run its cell.',
                 'not yet': self.mistake}[self.status]
         seen = self.evidence and f'Seen with {self.evidence}.'
         where = self.see and f'Chapter {self.exercise.chapter[:2]} tells of it under "{self.see}". hint() says more.'
