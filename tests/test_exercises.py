@@ -1,5 +1,6 @@
 "Every exercise tells right from wrong, and one mistake from another; a learner's code does no harm, and a learner's file is left alone"
 import ast, json, os, random, re, sys, threading, time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,3 +253,13 @@ def test_users_are_found_through_other_modules(tool):
     direct = {p.stem for p in X.users('linear', ['mnist_loss'])}
     assert '05_optim' in direct and '04_linear' not in direct
     assert {'06_mlp', '11_learner', '18_fashion'} <= {p.stem for p in X.users('optim', ['SGD'])}
+
+def test_a_solution_in_the_library_passes_a_chapter_and_a_mistake_does_not(tool, capsys):
+    "For all of them, and all chapters: python tools/exercises.py prove --swap"
+    X = tool('exercises')
+    ex = next(ex for ex in EXERCISES if ex.name=='mnist_loss')
+    summed = next(iter(ex.wrong))
+    ex = replace(ex, wrong={summed: ex.wrong[summed]})
+    assert X.prove_swap(ex, ['05'])==[]
+    said = capsys.readouterr().out
+    assert 'the solution: unnoticed' in said and f'{summed}: noticed by nbs/05_optim.ipynb, cell' in said, said

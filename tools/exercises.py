@@ -6,7 +6,8 @@
     python tools/exercises.py progress      how far you are
     python tools/exercises.py swap 04       your functions and classes in place of the library's: run the chapters that
                                             use them, against the same ledger; or only some: swap 04 --chapters 05
-    python tools/exercises.py prove 04      for authors: put a chapter's exercises to the test
+    python tools/exercises.py prove 04      for authors: put a chapter's exercises to the test; with --swap, put the
+                                            solutions and the mistakes into the library, and see which chapters notice
 
 What is in work/ is yours, and never overwritten; `learn 04 --add` puts exercises that are new in the course at its end."""
 import argparse, ast, os, shutil, subprocess, sys, tempfile, time
@@ -163,9 +164,19 @@ def swapped(source, theirs, module):
     first = min([own[n].start for n in new], default=0)
     return '\n'.join([*lines[:first], *helpers, *lines[first:]]) + '\n',new
 
+def mentions(code, names): return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(ast.parse(code)))
+
+def dependents(source, names):
+    "`names`, and what is defined in `source` with the help of them, directly or through others"
+    found,before = set(names),0
+    while len(found)>before:
+        before = len(found)
+        found |= {name for name,_,code in top_level(source) if mentions(code, found)}
+    return found
+
 def users(module, names):
     "Notebooks that use one of `names` of a module of the library, directly or through other modules"
-    used = {module: set(names)}
+    used = {module: dependents((ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8'), names)}
     def uses(source):
         tree = ast.parse(source)
         for o in ast.walk(tree):
@@ -192,15 +203,19 @@ def swap(args):
     if not new: sys.exit(f'{path.relative_to(ROOT)} defines nothing yet that is in course_lib.{module}')
     chapters = [p for p in users(module, new) if not args.chapters or p.name[:2] in args.chapters]
     named = ', '.join(p.stem for p in chapters or users(module, new))
-    if not chapters: sys.exit(f"no such chapter uses {', '.join(new)}; these do: {named}")
+    if not chapters: sys.exit(f"no {'such' if named else 'other'} chapter uses {', '.join(new)}" + (named and f'; these do: {named}'))
     print(f"yours: {', '.join(new)}. Chapters that use them: {named}, about {sum(map(measured, chapters))/2:.0f} s")
     with tempfile.TemporaryDirectory() as temp:
-        shutil.copytree(ROOT/'course_lib', Path(temp)/'course_lib', ignore=shutil.ignore_patterns('__pycache__'))
-        (Path(temp)/'course_lib'/f'{module}.py').write_text(source, encoding='utf-8')
-        os.environ['PYTHONPATH'] = os.pathsep.join([temp, *filter(None, [os.environ.get('PYTHONPATH')])])
-        os.environ['COURSE_DATA'] = os.environ.get('COURSE_DATA') or str(ROOT/'data')
+        os.environ.update(with_module(temp, module, source))
         run_all(chapters)
     print(f"with your {', '.join(new)}, everything came out as the ledger expects it")
+
+def with_module(temp, module, source):
+    "Copy the library into `temp`, with `source` as one of its modules; returns the environment in which it is found first"
+    shutil.copytree(ROOT/'course_lib', Path(temp)/'course_lib', ignore=shutil.ignore_patterns('__pycache__'))
+    (Path(temp)/'course_lib'/f'{module}.py').write_text(source, encoding='utf-8')
+    return {'PYTHONPATH': os.pathsep.join([temp, *filter(None, [os.environ.get('PYTHONPATH')])]),
+            'COURSE_DATA': os.environ.get('COURSE_DATA') or str(ROOT/'data')}
 
 # ---- for authors ----
 
@@ -213,10 +228,27 @@ def prove(args):
             start = time.time()
             diagnose(ex, object())
             seconds,faults = time.time()-start,proof(ex)
+            print(f'{path.stem} {ex.name}: {len(ex.wrong)} mistakes, {len(ex.probes)} probes, {seconds:.1f} s without a name')
+            if args.swap: faults += prove_swap(ex, args.chapters)
             bad += len(faults)
-            print(f'{path.stem} {ex.name}: {len(ex.wrong)} mistakes, {len(ex.probes)} probes, {seconds:.1f} s for one without a name')
             for o in faults: print('   -', o)
     sys.exit(bad>0)
+
+def prove_swap(ex, only=None):
+    "What is wrong when the solution, and each mistake, is put into the library and chapters run: as sentences"
+    module,faults = ex.chapter.partition('_')[2],[]
+    library = (ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8')
+    if ex.name not in {name for name,*_ in top_level(library)}: return []
+    chapters = [p.name[:2] for p in users(module, [ex.name]) if not only or p.name[:2] in only]
+    for title,text,unseen in [('the solution', ex.solution, True), *[(k, o['source'], 'unseen' in o) for k,o in ex.wrong.items()]]:
+        source,_ = swapped(library, ['\n'.join(imports_for(ex.setup, module)), text], module)
+        with tempfile.TemporaryDirectory() as temp:
+            found = subprocess.run([sys.executable, ROOT/'tools'/'run.py', *chapters], capture_output=True, text=True,
+                                   env={**os.environ, **with_module(temp, module, source)})
+        where = next((o for o in found.stdout.splitlines() + found.stderr.splitlines() if ', cell ' in o), '')
+        print(f"     {title}: {'noticed by ' + where if found.returncode else 'unnoticed'}")
+        if bool(found.returncode)==unseen: faults.append(f"swapped in, {title}: {where or 'no chapter notices'}")
+    return faults
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,7 +256,8 @@ def main():
     p.add_argument('chapter', nargs='?', default='', help='the first letters of a chapter, such as 04')
     p.add_argument('--add', action='store_true', help='learn: put new exercises at the end of your notebook')
     p.add_argument('--no-lab', action='store_true', help='learn: only make the notebook')
-    p.add_argument('--chapters', nargs='+', help='swap: run these chapters only, such as 05 06')
+    p.add_argument('--chapters', nargs='+', help='swap, prove --swap: run these chapters only, such as 05 06')
+    p.add_argument('--swap', action='store_true', help='prove: also with the solutions and mistakes in the library')
     args = p.parse_args()
     os.chdir(ROOT)
     if args.command=='progress': progress()
