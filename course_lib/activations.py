@@ -90,8 +90,13 @@ def _layers(model, kinds, names):
         what = f'layer {name!r}' if name else 'the model'
         raise TypeError(f"ActivationStats: {what} is compiled, and may not call hooks; "
                         "watch it before you call torch.compile")
-    names = [names] if isinstance(names, str) else list(names or [])
-    kinds = (kinds,) if isinstance(kinds, type) else tuple(kinds or ())
+    names = [names] if isinstance(names, (str, int)) else list(names or [])
+    kinds = tuple(kinds or ()) if isinstance(kinds, (tuple, list, type(None))) else (kinds,)
+    for o in kinds:
+        if not isinstance(o, type):
+            raise TypeError(f"ActivationStats: kinds are classes of layers, such as ReLU, and one is {o!r}; "
+                            "to choose a layer by its name, give names=")
+    def full(o): return f'{o.__module__}.{o.__qualname__}'          # there is more than one ReLU
     for name in names:
         if name in mods: continue
         near = get_close_matches(str(name), mods, n=3, cutoff=0.5) or [o for o in mods if o][:10]
@@ -99,8 +104,8 @@ def _layers(model, kinds, names):
     if names or kinds: found = [(name,m) for name,m in mods.items() if name in names or isinstance(m, kinds)]
     else: found = [(name,m) for name,m in mods.items() if not any(True for _ in m.children())]
     if found: return found
-    raise ValueError(f"ActivationStats: the model has no layer of the kinds {[o.__name__ for o in kinds]}; it has "
-                     f"{sorted({type(m).__name__ for m in mods.values()})}")
+    raise ValueError(f"ActivationStats: the model has no layer of the kinds {[full(o) for o in kinds]}; it has "
+                     f"{sorted({full(type(m)) for m in mods.values()})}")
 
 @patch
 def rows(self:ActivationStats)->dict: # label of a layer, as '1 ReLU' or '1 ReLU, call 2' -> {number of the batch: row}

@@ -134,12 +134,13 @@ def _parts(self:Module, deep=True):
 def __setattr__(self:Module, name, value):
     path,old = f'{type(self).__name__}.{name}',vars(self).get(name)
     if isinstance(value, torch.nn.Module): _check(path, value, ())
-    if isinstance(value, Tensor) and isinstance(old, Tensor) and not _is_part(value):
-        if isinstance(old, torch.nn.Parameter):
-            raise TypeError(f"{path} is a Parameter, and a plain tensor {tuple(value.shape)} would not be trained; "
-                            "set Parameter(…), or change its numbers: `with torch.no_grad(): ….copy_(…)`")
-        if isinstance(old, Buffer): value = Buffer(value)
-        elif isinstance(old, torch.nn.Buffer): value = torch.nn.Buffer(value, persistent=old.persistent)
+    if isinstance(old, Tensor) and _is_part(old) and value is not None and not _is_part(value):
+        kind,lost = ('Parameter','trained') if isinstance(old, torch.nn.Parameter) else ('Buffer','saved')
+        if kind=='Parameter' or not isinstance(value, Tensor):
+            given = f'plain tensor {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{path} is a {kind}, and a {given} would not be {lost}; set {kind}(…), "
+                            "or change its numbers: `with torch.no_grad(): ….copy_(…)`")
+        value = Buffer(value) if isinstance(old, Buffer) else torch.nn.Buffer(value, persistent=old.persistent)
     super(Module, self).__setattr__(name, value)
 
 # %% ../nbs/08_module.ipynb #4a7a44db
@@ -193,7 +194,9 @@ def buffers(self:Module)->Iterator: # of Buffers
 # %% ../nbs/08_module.ipynb #01d9dd20
 def _fan(w, name):
     "(numbers that go into an output, numbers that an input goes to) for weights (nf, ni, ...)"
-    if w.ndim<2: raise ValueError(f"{name}: got weights {tuple(w.shape)}; a rule needs at least two axes, (nf, ni, …)")
+    if w.ndim<2 or not w.numel():
+        raise ValueError(f"{name}: got weights {tuple(w.shape)}; a rule needs at least two axes, "
+                         "(nf, ni, …), and none of them 0")
     return w[0].numel(), w[:,0].numel()
 
 @torch.no_grad()
@@ -253,7 +256,8 @@ class Sequential(Module, MutableSequence):
     def _items(self): return [*enumerate(self.layers), *(o for o in super()._items() if o[0]!='layers')]
     def _layer(self, i, layer):
         if isinstance(layer, Module): return layer
-        hint = 'unpack it, Sequential(*layers)' if isinstance(layer, _BOXES) else 'write a Module around it'
+        hint = ('unpack it, Sequential(*layers.values())' if isinstance(layer, _DICTS) else
+                'unpack it, Sequential(*layers)' if isinstance(layer, _BOXES) else 'write a Module around it')
         raise TypeError(f"Sequential: layer {i} is a {type(layer).__name__}, and a Module is needed; {hint}")
 
     def __len__(self): return len(self.layers)
@@ -348,14 +352,18 @@ def load_state_dict(self:Module, state:dict)->Module: # itself; `state` is what 
     if faults:
         told = '; '.join(f'{kind}: ' + ', '.join(o[:6] + ['…']*(len(o)>6)) for kind,o in faults.items())
         raise ValueError(f"load_state_dict: nothing was loaded, the state does not fit {type(self).__name__}. {told}")
+    mine = {t.untyped_storage().data_ptr() for t in own.values()}       # what is written must not be read again
+    new = {k: state[k].clone() if state[k].untyped_storage().data_ptr() in mine else state[k] for k in own}
     with torch.no_grad():
-        for k,t in own.items(): t.copy_(state[k])
+        for k,t in own.items(): t.copy_(new[k])
     return self
 
 # %% ../nbs/08_module.ipynb #49b3e494
 @patch
 def register_forward_hook(self:Module, hook:Callable)->RemovableHandle: # its `remove()` takes the hook off
     "Call `hook(module, inputs, output)` after each call; what it returns, if not None, takes the output's place"
+    if not callable(hook):
+        raise TypeError(f"register_forward_hook: got {hook!r}; a function of (module, inputs, output) is needed")
     if self._hooks is None: self._hooks = OrderedDict()
     handle = RemovableHandle(self._hooks)
     self._hooks[handle.id] = hook

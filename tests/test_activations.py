@@ -149,7 +149,7 @@ def compiled_in_place():
     (lambda: torch.compile(torchs()), {}, 'the model is compiled'), (compiled_in_place, {}, "layer '0' is compiled"),
     (lambda: nn.Sequential(torch.compile(nn.Linear(4, 3))), {}, "layer '0' is compiled"), (Bare, {}, 'a Bare has no named_modules'),
     (ours, dict(names=['0', '3']), "no layer '3'"), (torchs, dict(names=['linear']), "no layer 'linear'"),
-    (torchs, dict(names=[0]), 'no layer 0'), (ours, dict(kinds=(nn.Conv2d,)), r"no layer of the kinds \['Conv2d'\]")])
+    (torchs, dict(names=[0]), 'no layer 0'), (torchs, dict(names=2), 'no layer 2'), (ours, dict(kinds=(nn.Conv2d,)), r"no layer of the kinds .*torch.nn.modules.conv.Conv2d.*it has .*course_lib.module.ReLU")])
 def test_refused(make, kwargs, says):
     "Before the fit, by name, and without a hook left behind"
     model = make()
@@ -157,6 +157,16 @@ def test_refused(make, kwargs, says):
     with pytest.raises((TypeError, ValueError), match=says): learn.fit(1)
     assert learn.step_count==0
     if hasattr(model, 'modules'): assert n_hooks(model)==0
+
+@pytest.mark.parametrize('kinds', ['ReLU', ['ReLU'], nn.ReLU(), [module.ReLU, module.ReLU()]])
+def test_kinds_are_classes(kinds):
+    "A name or a layer in the place of a class is refused by name"
+    with pytest.raises(TypeError, match='kinds are classes.*names='): make_learner(ours(), ActivationStats(kinds)).fit(1)
+
+def test_the_other_librarys_relu_is_told_apart():
+    "Two classes are called ReLU: the message says which was asked for, and which the model has"
+    with pytest.raises(ValueError, match=r"torch.nn.modules.activation.ReLU.*course_lib.module.ReLU"):
+        make_learner(ours(), ActivationStats(nn.ReLU)).fit(1)
 
 @pytest.mark.parametrize('kwargs', [dict(bins=0), dict(bins=2.5), dict(top=0), dict(top=float('nan')), dict(bins=True)])
 def test_numbers_refused(kwargs):

@@ -7,7 +7,7 @@ from fastcore.foundation import L
 from hypothesis import given, settings, strategies as st
 
 from course_lib.core import test_near
-from course_lib.module import Buffer, Flatten, Linear, Module, Parameter, ReLU, Sequential
+from course_lib.module import Buffer, Flatten, Linear, Module, Parameter, ReLU, Sequential, kaiming_normal_, xavier_normal_
 
 class Tree(Module):
     "A module with children and tensors given by name"
@@ -217,6 +217,15 @@ def test_a_transposed_twin_is_no_contradiction():
     m.load_state_dict(state)
     test_near(m.a, torch.arange(4.).view(2,2))
 
+def test_a_state_that_shares_our_memory():
+    "Two layers change their weights, and one is turned over: what is written must not be read again"
+    m = Sequential(Linear(2, 2, bias=False), Linear(2, 2, bias=False))
+    a,b = (layer.weight.detach().clone() for layer in m)
+    state = m.state_dict()
+    m.load_state_dict({'0.weight': state['1.weight'], '1.weight': state['0.weight'].T})
+    test_near(m[0].weight, b, eps=0)
+    test_near(m[1].weight, a.T, eps=0)
+
 # ---- copies ----
 
 @settings(max_examples=50, deadline=None)
@@ -241,6 +250,34 @@ def test_a_deep_copy_has_its_own_gradient():
     test_near(q.grad, p.grad, eps=0)
     q.grad.add_(1)
     test_near(p.grad, torch.full((3,), 2.), eps=0)
+
+# ---- what takes a part's place ----
+
+@pytest.mark.parametrize('value,given', [(3., 'float'), (np.ones(2), 'ndarray'), ([1., 2.], 'list'), (torch.ones(2), r'plain tensor \(2,\)'), (torch.relu, 'builtin')])
+def test_nothing_else_takes_a_parameters_place(value, given):
+    m = Holds(w=Parameter(torch.ones(2)), theirs=torch.nn.Parameter(torch.ones(2)))
+    for name in ('w', 'theirs'):
+        with pytest.raises(TypeError, match=f'Holds.{name} is a Parameter, and a {given}.* would not be trained'): setattr(m, name, value)
+    assert paths(m)==['w', 'theirs']
+    m.w,m.theirs = None,Linear(2, 2, bias=False)
+    assert paths(m)==['theirs.weight']
+
+def test_nothing_but_a_tensor_takes_a_buffers_place():
+    m = Holds(b=Buffer(torch.ones(2)), theirs=torch.nn.Buffer(torch.ones(2)))
+    for name in ('b', 'theirs'):
+        with pytest.raises(TypeError, match=f'Holds.{name} is a Buffer, and a float would not be saved'): setattr(m, name, 0.)
+    assert list(m.state_dict())==['b', 'theirs']
+
+@pytest.mark.parametrize('init', [kaiming_normal_, xavier_normal_])
+@pytest.mark.parametrize('shape', [(5, 0), (0, 5), (5,), ()])
+def test_weights_without_a_rule(init, shape):
+    with pytest.raises(ValueError, match=f'{init.__name__}: got weights'): init(torch.empty(shape))
+
+def test_hints_that_would_work():
+    layers = OrderedDict(a=ReLU(), b=ReLU())
+    with pytest.raises(TypeError, match=r'Sequential\(\*layers.values\(\)\)'): Sequential(layers)
+    assert len(Sequential(*layers.values()))==2
+    with pytest.raises(TypeError, match='register_forward_hook: got None'): ReLU().register_forward_hook(None)
 
 # ---- Sequential ----
 
@@ -291,7 +328,8 @@ def test_torch_optimizers_step_parameters(opt, foreach):
     torch.manual_seed(0)
     ours,theirs = Sequential(Linear(4, 3), ReLU(), Linear(3, 1)),torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(8,4)
+    for net in (ours, theirs): net.to(torch.float64)            # Adam divides by small gradients: float32 would show its rounding
+    x = torch.randn(8,4).double()
     for net in (ours, theirs):
         o = opt(net.parameters(), lr=0.01, foreach=foreach)
         for _ in range(5): o.zero_grad(); net(x).pow(2).mean().backward(); o.step()
