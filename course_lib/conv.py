@@ -15,20 +15,22 @@ from .module import Buffer, Module, Parameter, kaiming_normal_
 # %% ../nbs/10_conv.ipynb #1c8cd2bf
 def im2col(
     x:Tensor, # (bs, ni, h, w) images
-    ks:tuple, # (kh, kw) size of the window in pixels
+    ks:tuple, # (kh, kw) size of the window in pixels, or one number for both
     stride:int=1, # how far the window moves, in pixels
     padding:int=0, # width of the frame of zeros, in pixels
 )->Tensor: # (bs, oh*ow, ni*kh*kw)
     "Each window of each image as a row; there are oh = (h + 2·padding - kh)//stride + 1 of them downwards, ow likewise"
+    kh,kw = ks if isinstance(ks, (tuple,list)) else (ks,ks)
+    kh,kw = (check_number('im2col', 'ks', k, least=1, whole=True) for k in (kh,kw))
     stride = check_number('im2col', 'stride', stride, least=1, whole=True)
     padding = check_number('im2col', 'padding', padding, least=0, whole=True)
     if x.ndim!=4:
         raise ValueError(f"im2col: x is {tuple(x.shape)}, but (bs, channels, height, width) is needed; x[:,None] adds "
                          "an axis")
     x = F.pad(x, [padding]*4)
-    if x.shape[2]<ks[0] or x.shape[3]<ks[1]:
-        raise ValueError(f"im2col: a {tuple(ks)} window does not fit into {tuple(x.shape[2:])} pixels, padding counted")
-    windows = x.unfold(2, ks[0], stride).unfold(3, ks[1], stride)   # (bs, ni, oh, ow, kh, kw), a view: no copy yet
+    if x.shape[2]<kh or x.shape[3]<kw:
+        raise ValueError(f"im2col: a {(kh, kw)} window does not fit into {tuple(x.shape[2:])} pixels, padding counted")
+    windows = x.unfold(2, kh, stride).unfold(3, kw, stride)   # (bs, ni, oh, ow, kh, kw), a view: no copy yet
     return windows.permute(0,2,3,1,4,5).flatten(3).flatten(1,2)     # now the numbers are copied
 
 # %% ../nbs/10_conv.ipynb #44a95d24
@@ -40,6 +42,11 @@ def conv2d_unfold(
     padding:int=0, # width of the frame of zeros, in pixels
 )->Tensor: # (bs, nf, oh, ow)
     "Convolution as unfold and matrix multiplication, equal to `F.conv2d`"
+    if weight.ndim!=4:
+        raise ValueError(f"conv2d_unfold: the weight is {tuple(weight.shape)}, but (nf, ni, kh, kw) is needed")
+    if bias is not None and bias.shape!=weight.shape[:1]:       # any other that fits would be spread without a word
+        raise ValueError(f"conv2d_unfold: the bias is {tuple(bias.shape)}, but {tuple(weight.shape[:1])} is needed, "
+                         "one for each kernel")
     if x.ndim==4 and x.shape[1]!=weight.shape[1]:
         raise ValueError(f"conv2d_unfold: x {tuple(x.shape)} has {x.shape[1]} channels, but the weight "
                          f"{tuple(weight.shape)} is for {weight.shape[1]}")

@@ -145,3 +145,15 @@ def test_the_default_compiler_takes_a_cnn():
     for p,q in zip(m.parameters(), other.parameters()): test_near(p.grad, q.grad, eps=1e-4, rel=1e-4)
     for k,t in m.state_dict().items(): test_near(t, other.state_dict()[k], eps=1e-5)
     assert m[0].norm.num_batches_tracked==4
+
+def test_a_window_may_be_one_number_and_must_be_one():
+    x = torch.randn(2,3,7,6)
+    test_near(im2col(x, 3), im2col(x, (3,3)), eps=0)
+    for ks in (0, (0,3), (-1,3), True):
+        with pytest.raises(ValueError, match='im2col: ks is'): im2col(x, ks)
+
+@pytest.mark.parametrize('shape', [(), (1,), (4,1), (20,4)])
+def test_conv2d_unfold_refuses_a_bias_that_would_be_spread(shape):
+    x,weight = torch.randn(2,3,7,6),torch.randn(4,3,3,3)        # 20 places
+    with pytest.raises(ValueError, match=r'the bias is .*, but \(4,\) is needed'): conv2d_unfold(x, weight, torch.ones(shape))
+    with pytest.raises(ValueError, match=r'the weight is .*, but \(nf, ni, kh, kw\)'): conv2d_unfold(x, weight[...,None])
