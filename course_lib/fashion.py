@@ -57,9 +57,10 @@ def get_num_correct(
     return (answers==targs).sum()
 
 def _answers(who, preds, targs):
-    "The class numbers, (n,) int64, that scores (n, c) or class numbers (n,), and targets (n,), stand for"
+    "Class numbers, (n,) int64, of scores (n, c) or class numbers (n,), and of targets (n,); -1 for a row with nan"
     preds,targs = torch.as_tensor(preds),torch.as_tensor(targs)
-    if preds.ndim==2 and preds.shape[1]>1 and preds.is_floating_point(): preds = preds.argmax(1)
+    if preds.ndim==2 and preds.shape[1]>1 and preds.is_floating_point():
+        preds = preds.argmax(1).masked_fill(preds.isnan().any(1), -1)       # nan would win every comparison
     for what,t in [('predictions', preds), ('targets', targs)]:
         if t.ndim==1 and not t.is_floating_point() and t.dtype!=torch.bool: continue
         raise TypeError(f"{who}: {what} are {tuple(t.shape)} {str(t.dtype)[6:]}, but class numbers are wanted, (n,), "
@@ -90,6 +91,10 @@ def confusion_matrix(
     answers,targs = _answers(who, preds, targs)
     c = preds.shape[1] if preds.ndim==2 else max([int(t.max())+1 for t in (answers, targs) if len(t)], default=0)
     if n_classes is not None: c = check_number(who, 'n_classes', n_classes, least=1, whole=True)
+    if preds.is_floating_point() and preds.isnan().any():
+        i = preds.isnan().nonzero()[0,0].item()
+        raise ValueError(f"{who}: there is nan among the scores of predictions[{i}], so they name no class; look for "
+                         "the first loss that is nan, or an input that is")
     for what,t in [('targets', targs), ('predictions', answers)]:
         for i in ((t<0) | (t>=c)).nonzero()[:1,0].tolist():
             raise ValueError(f"{who}: {what}[{i}] is {t[i]}, but with {c} classes numbers go from 0 to {c-1}")
@@ -333,6 +338,9 @@ _COLUMNS = 'run', 'epoch', 'seconds'
 
 def _as_params(run):
     "The hyper-parameters of a run as a dict that JSON can hold"
+    if not (hasattr(run, '_asdict') or isinstance(run, Mapping)):
+        raise TypeError(f"RunManager: a run is {run!r}, but a named tuple or a dict of hyper-parameters is wanted, and "
+                        "a list of such in todo()")
     params = {name: _plain(v) for name,v in (run._asdict() if hasattr(run, '_asdict') else dict(run)).items()}
     for name,v in params.items():
         if name in _COLUMNS: raise ValueError(f"RunManager: a hyper-parameter cannot be called {name}, there is such a "

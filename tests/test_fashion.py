@@ -224,6 +224,8 @@ def test_manager_refuses_what_it_cannot_keep(tmp_path):
     manager = RunManager(tmp_path/'a.json')
     with pytest.raises(RuntimeError, match='no run has begun'): make_learner(RUNS[0]).fit(1, cbs=manager)
     with pytest.raises(RuntimeError, match='no run has begun'): manager.end_run()
+    for bad in dict(lr=1), 0.1:
+        with pytest.raises(TypeError, match=r'a named tuple or a dict.*, and a list of such in todo'): [*manager.todo(bad if isinstance(bad, dict) else [bad])]
     for bad,why in [(dict(lr=math.nan), 'lr is nan'), (dict(opt=Adam), 'opt is'), (dict(lr=[1]), r'lr is \[1\]'),
                     (dict(epoch=1), 'called epoch'), ({}, 'no hyper-parameters')]:
         with pytest.raises((TypeError, ValueError), match=why): manager.begin_run(bad)
@@ -402,6 +404,13 @@ def test_a_single_column_of_scores_is_refused(f):
     "Its largest entry is always the first, so all would be of class 0"
     for targs in (torch.tensor([1, 0]), torch.tensor([[1], [0]])):
         with pytest.raises(TypeError, match=r'predictions are \(2, 1\) float32.*batch_accuracy'): f(torch.tensor([[5.], [-5.]]), targs)
+
+def test_nan_names_no_class():
+    "It would be the largest of its row, and count as an answer"
+    preds,targs = torch.tensor([[2., 1.], [math.nan, 0.], [0., math.nan]]),torch.tensor([0, 0, 1])
+    assert get_num_correct(preds, targs)==1 and get_num_correct(preds[1:], targs[1:])==0
+    with pytest.raises(ValueError, match=r'nan among the scores of predictions\[1\]'): confusion_matrix(preds, targs)
+    assert confusion_matrix(preds[:1], targs[:1]).tolist()==[[1, 0], [0, 0]]
 
 def test_tables_are_made_where_the_predictions_are():
     preds,targs = torch.zeros(3, 2, device='meta'),torch.tensor([0, 1, 1])
