@@ -27,7 +27,7 @@ def _as_image(im):
         first,last = a.shape[0] in (1,3,4),a.shape[-1] in (1,3,4)
         if first and (is_tensor or not last): a = a.transpose(1,2,0)
         if a.shape[-1]==1: a = a[...,0]
-    if a.ndim==2 or (a.ndim==3 and a.shape[-1] in (3,4)): return a
+    if a.size and (a.ndim==2 or (a.ndim==3 and a.shape[-1] in (3,4))): return a
     raise ValueError(f"show_image: got shape {tuple(a.shape)}, but one image is (h, w), (1, h, w), (3, h, w) or "
                      "(h, w, 3). For a batch of images use show_images; for a flat one, reshape it first.")
 
@@ -136,6 +136,10 @@ def _source(obj):
     "The lines of `obj`, the number of the first one, and the file"
     try: return *inspect.getsourcelines(obj), inspect.getsourcefile(obj) or inspect.getfile(obj)
     except (TypeError, OSError):
+        if inspect.isfunction(obj) and obj.__code__.co_filename.startswith('<frozen'):
+            # a module of Python's own that it keeps compiled; its text is there all the same
+            file,first = sys.modules[obj.__module__].__file__,obj.__code__.co_firstlineno
+            return inspect.getblock(linecache.getlines(file)[first-1:]), first, file
         if not inspect.isclass(obj): raise
     for code in [o.__code__ for o in map(_inner, vars(obj).values()) if inspect.isfunction(o)]:
         lines = linecache.getlines(code.co_filename)
@@ -227,6 +231,7 @@ def best_time(
     number:int=1, # calls in a turn: 1, or more for what takes microseconds
 )->list: # seconds for one call, one number for each function
     "The shortest time that each function takes; they take turns, so that a busy moment is unfair to none of them"
+    n,number = (check_number('best_time', k, v, least=1, whole=True) for k,v in [('n', n), ('number', number)])
     def turn(f):
         start = time.perf_counter()
         for _ in range(number): f()
@@ -292,6 +297,7 @@ def expect(
     sep = '\n  ' if isinstance(value, list) else ' · '
     _print(f'{key}{sep}yours {yours}{sep}expected {wanted}{sep}{source}')
     if not _near(value, row['expected'], digits, tol):
+        if wanted.startswith(yours): yours,wanted = repr(value),repr(row['expected'])   # such as [3] and 3
         raise AssertionError(f'{key}: {yours} came out, but {wanted} was expected ({source})')
     if path := os.environ.get('COURSE_RESULTS'):    # tools/run.py asks for the results, to print the ladder
         result = dict(key=key, value=value, expected=wanted, time=time.time())

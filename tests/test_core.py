@@ -71,7 +71,7 @@ def test_images_have_a_frame_and_empty_places_none():
         assert not len(ax.get_xticks()) and not len(ax.get_yticks())
     assert not axs[1,1].axison
 
-@pytest.mark.parametrize('shape', [(), (7,), (2,5,6), (5,6,2), (1,1,5,6), (64,28,28)])
+@pytest.mark.parametrize('shape', [(), (7,), (2,5,6), (5,6,2), (1,1,5,6), (64,28,28), (0,5)])
 def test_what_is_no_image_is_refused(shape):
     for x in (torch.zeros(shape), np.zeros(shape)):
         with pytest.raises(ValueError, match=r'show_image: got shape \(' + ', '.join(map(str, shape))): show_image(x)
@@ -124,6 +124,10 @@ class Layer:
 def test_source_is_found(obj, text):
     out = printed(print_source, obj)
     assert out.startswith('# tests/test_core.py, line ') and text in out
+
+def test_source_of_a_frozen_module():
+    "Python starts with some of its modules frozen; their text is in its library all the same"
+    assert 'def walk(top' in printed(print_source, os.walk)
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize('obj', [Mock(), Mock(spec=plain), Mock(spec=property), Mock(spec=functools.partial), call, 3, torch.ones(2), None,
@@ -239,19 +243,28 @@ def test_other_values_are_not_told_to_be_finite():
 
 # ---- times and results
 
-def test_best_time_takes_turns_and_keeps_the_best():
-    calls,waits = [],iter([0.03, 0, 0, 0.03, 0, 0])      # the first call and the fourth are disturbed
-    def f(name):
-        calls.append(name)
-        time.sleep(0.005 + next(waits))
-    a,b = best_time(lambda: f('a'), lambda: f('b'), n=3)
-    assert calls==list('ababab') and 0.005 <= a < 0.03 and 0.005 <= b < 0.03
+class Clock:
+    "A clock that moves only when somebody works, so that no test depends on a machine"
+    def __init__(self, monkeypatch):
+        self.now,self.calls = 0,[]
+        monkeypatch.setattr(time, 'perf_counter', lambda: self.now)
+    def work(self, name, seconds):
+        self.calls.append(name)
+        self.now += seconds
+
+def test_best_time_takes_turns_and_keeps_the_best(monkeypatch):
+    clock,delays = Clock(monkeypatch),iter([30, 0, 0, 30, 0, 0])        # the first call and the fourth are disturbed
+    times = best_time(lambda: clock.work('a', 5 + next(delays)), lambda: clock.work('b', 7 + next(delays)), n=3)
+    assert clock.calls==list('ababab') and times==[5, 7]
     assert len(best_time(lambda: None))==1
 
-def test_best_time_is_for_one_call():
-    n = []
-    t, = best_time(lambda: n.append(time.sleep(0.004)), n=2, number=6)
-    assert len(n)==12 and 0.004 <= t < 0.02
+def test_best_time_is_for_one_call(monkeypatch):
+    clock = Clock(monkeypatch)
+    assert best_time(lambda: clock.work('a', 4), n=2, number=6)==[4] and len(clock.calls)==12
+
+@pytest.mark.parametrize('kwargs,says', [(dict(n=0), 'n is 0'), (dict(number=0), 'number is 0'), (dict(n=True), 'n is True'), (dict(number=2.5), 'number is 2.5')])
+def test_best_time_wants_counts(kwargs, says):
+    with pytest.raises(ValueError, match=f'best_time: {says}'): best_time(lambda: None, **kwargs)
 
 @pytest.fixture
 def ledger(tmp_path, monkeypatch):
@@ -280,6 +293,11 @@ def test_results_are_taken_in_every_form_and_passed_on(ledger, key, value, kept)
 def test_other_results_are_refused_and_not_passed_on(ledger, key, value):
     with pytest.raises(AssertionError, match=f'a.{key}: .* came out, but'): expect(f'a.{key}', value)
     assert not ledger.exists()
+
+@pytest.mark.parametrize('key,value,told', [('n', torch.tensor([3]), '[3] came out, but 3 was'), ('n', '3', "'3' came out, but 3 was"), ('acc', [0.98], '[0.98] came out, but 0.98 was')])
+def test_a_result_of_another_shape_says_so(ledger, key, value, told):
+    with pytest.raises(AssertionError) as e: expect(f'a.{key}', value)
+    assert told in str(e.value)
 
 def test_a_missing_row_names_those_there_are(ledger):
     with pytest.raises(KeyError, match='there are acc, accs, n, name'): expect('a.acs', 1)
