@@ -51,6 +51,8 @@ def _check_params(who, params):
         check(isinstance(p, Tensor), f"parameter {i} is a {type(p).__name__}, not a tensor; give model.parameters()")
         check(p.is_leaf, f"parameter {i}, {tuple(p.shape)}, was computed from other tensors, so backward() will not "
               "fill its .grad; call requires_grad_() after the computation, not before")
+        check(not p.is_complex(), f"parameter {i} holds complex numbers, whose size RMSProp and Adam would get wrong; "
+              "train its real and imaginary parts as two parameters")
     check(len(set(map(id, params)))==len(params), "a parameter is in the list twice, and would be moved twice")
     check(any(p.requires_grad for p in params), "none of these tensors requires a gradient, so nothing would be "
           "trained; call requires_grad_() on those that should learn")
@@ -139,7 +141,7 @@ class RMSProp(Optimizer):
     slots = ('sqr',)
     def __init__(self,
         params:Iterable, # the tensors to train, such as model.parameters()
-        lr:float=0.01, # learning rate: about how far each number moves in a step
+        lr:float=0.01, # learning rate: about how far each number moves in a step, after the first ones
         alpha:float=0.99, # share of the mean square that survives a step, 0 <= alpha < 1
         eps:float=1e-8, # added to the root, against division by zero
         wd:float=0., # weight decay: so much of each parameter is added to its gradient

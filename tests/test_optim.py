@@ -325,6 +325,12 @@ def test_frozen_parameters_stay_and_a_list_of_nothing_else_is_refused(name):
 def test_what_is_no_list_of_parameters(bad, says):
     with pytest.raises(ValueError, match=f'SGD: .*{says}'): SGD(bad, lr=0.1)
 
+@each
+def test_complex_parameters_are_refused(name):
+    "The square of a complex gradient is not the square of its size, so RMSProp and Adam would go astray without a word"
+    real,both = torch.ones(2, requires_grad=True),torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(ValueError, match='parameter 1 holds complex numbers.*two parameters'): everyone[name]([real, both])
+
 numbers = [np.float64(0.25), np.float32(0.25), torch.tensor(0.25), np.array(0.25)]
 
 @each
