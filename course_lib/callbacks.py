@@ -10,6 +10,7 @@ __all__ = ['EventTrace', 'SetupLearnerCB', 'MetricsCB', 'TrackResults', 'Progres
 import math, sys
 from collections import Counter
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from fastcore.basics import patch, store_attr
@@ -125,7 +126,7 @@ def _table(
     for entry in history:
         row = rows.setdefault(entry['epoch'], {'epoch': str(entry['epoch'])})
         for k,v in entry.items():
-            if k in ('epoch', 'train', 'n') or not isinstance(v, (int,float)): continue
+            if k in ('epoch', 'train', 'n') or not (isinstance(v, Real) or getattr(v, 'ndim', None)==0): continue
             name = f"{'train' if entry['train'] else 'valid'} {k}"
             row[name] = f'{v:.4f}'
             if name not in names: names.append(name)
@@ -217,9 +218,15 @@ class GradAccumulation(Callback):
     order = -4      # after MixedPrecisionCB: its `backward` is gone through, and the gradients are unscaled before
     def __init__(self,
         n:int, # batches for each step; at the end of a pass it may be fewer
-    ): self.n,self.first,self.total = check_number('GradAccumulation', 'n', n, least=1, whole=True),0,0
+    ):
+        self.n,self.first,self.total = check_number('GradAccumulation', 'n', n, least=1, whole=True),0,0
+        self.mine = False       # is it this one that makes the learner wait?
 
     def before_fit(self):
+        if self.n_accum!=1:
+            raise ValueError(f"GradAccumulation: the learner waits for {self.n_accum} batches already, by another "
+                             "GradAccumulation or a number of your own; take one of the two away")
+        self.mine = True
         self.learner.n_accum,self._backward = self.n,self.learner.backward
         self.learner.backward = self._weighted_backward
 
@@ -245,7 +252,8 @@ class GradAccumulation(Callback):
         self.first,self.total = 0,0
 
     def cleanup_fit(self):
-        self.learner.n_accum = 1
+        if not self.mine: return
+        self.mine,self.learner.n_accum = False,1
         vars(self.learner).pop('backward', None)
 
     def state_dict(self): return {'first': self.first, 'total': self.total}
@@ -275,10 +283,12 @@ class EarlyStopping(Callback):
         patience:int=3, # end after so many epochs in a row without a better value
         min_delta:float=0., # a value must be better by more than this
         monitor:str='loss', # name in the history; of the validation pass where there is one
-        mode:str='min', # 'min' if lower is better, 'max' if higher
+        mode:str=None, # 'min' if lower is better, 'max' if higher; of the loss it is known
         restore:bool=False, # put back the weights of the best epoch in the end?
     ):
+        if mode is None and monitor=='loss': mode = 'min'
         _check_mode('EarlyStopping', mode)
+        check_number('EarlyStopping', 'min_delta', min_delta, least=0)
         check_number('EarlyStopping', 'patience', patience, least=1, whole=True)
         store_attr()
         self.before_fit()

@@ -1,7 +1,7 @@
 "What a notebook cannot show of the callbacks: a terminal, a clean import, laws that hold for any numbers"
 import subprocess, sys
 
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
@@ -101,3 +101,27 @@ def test_trace_names_all_who_listen_and_is_silent_in_predictions(capsys):
     assert capsys.readouterr().out==''
     learn.fit(1)
     assert [o.strip() for o in capsys.readouterr().out.splitlines() if '->' in o]==2*['after_loss  loss ()  -> Quiet']
+
+@pytest.mark.parametrize('by_hand', [False, True])
+def test_a_second_accumulation_is_refused_and_leaves_the_first_alone(by_hand):
+    "Two would weigh the gradients twice, without a word"
+    learn = make_learner([] if by_hand else GradAccumulation(2))
+    if by_hand: learn.n_accum = 2
+    with pytest.raises(ValueError, match='waits for 2 batches already'): learn.fit(1, cbs=GradAccumulation(4))
+    assert learn.n_accum==(2 if by_hand else 1) and 'backward' not in vars(learn)
+    learn.fit(1)
+    assert learn.step_count==2      # of 4 batches
+
+def test_early_stopping_must_be_told_which_way_is_better():
+    assert EarlyStopping().mode=='min' and EarlyStopping(monitor='accuracy', mode='max').mode=='max'
+    for kwargs in (dict(monitor='accuracy'), dict(monitor='accuracy', mode=None), dict(mode='lower')):
+        with pytest.raises(ValueError, match="'min' if lower is better, 'max' if higher"): EarlyStopping(**kwargs)
+    for min_delta in (-1., float('nan'), '0.1'):
+        with pytest.raises(ValueError, match='min_delta is'): EarlyStopping(min_delta=min_delta)
+
+def test_progress_shows_numbers_of_any_make(capsys):
+    class Adds(Callback):
+        def after_epoch(self): self.history[-1].update(a=np.float32(1.5), b=torch.tensor(2.5), c=np.array(3.5), d='text', e=torch.ones(2))
+    make_learner([Adds(), ProgressCB(plain=True)]).fit(1, valid=False)
+    names,row = capsys.readouterr().out.splitlines()
+    assert names.split()==['epoch', *'train loss train a train b train c'.split()] and row.split()[2:]==['1.5000', '2.5000', '3.5000']
