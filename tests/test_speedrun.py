@@ -100,6 +100,9 @@ def test_orthogonalize_leaves_the_gradient_alone_and_wants_a_matrix():
     assert torch.equal(g, before)
     assert torch.equal(orthogonalize(torch.zeros(4,3)), torch.zeros(4,3))       # nothing to move, and no nan
     with pytest.raises(ValueError, match=re.escape('(3,) is no matrix')): orthogonalize(torch.ones(3))
+    for n in (-1, 2.5):
+        with pytest.raises(ValueError, match=f'orthogonalize: n_rounds is {n}'): orthogonalize(g, n)
+    assert torch.equal(orthogonalize(g, np.int64(2)), orthogonalize(g, 2))
 
 @pytest.mark.parametrize('shape', [(12,30), (30,12), (7,7)])
 def test_muon_is_pytorchs_on_matrices(shape):
@@ -297,6 +300,15 @@ def test_a_fit_after_one_that_failed(event):
     learn.remove_cbs([cb for cb in learn.cbs if cb is not half])
     learn.fit(1)
     assert weights(learn).isfinite().all() and half.scaler.get_scale()==scale<2.**8
+
+@pytest.mark.parametrize('dtypes', [(None, None), (torch.float16, torch.float16), (torch.bfloat16, torch.float16)])
+def test_two_of_them_are_refused_by_name(dtypes):
+    "`speed_learner` may have added one already, where bfloat16 is fast"
+    for learn in (learner(*map(MixedPrecisionCB, dtypes)), learner(MixedPrecisionCB(dtypes[0]))):
+        before,late = weights(learn),[MixedPrecisionCB(dtypes[1])] if len(learn.cbs)==1 else []
+        with pytest.raises(ValueError, match='MixedPrecisionCB: this learner has two; keep one'): learn.fit(1, cbs=late)
+        assert torch.equal(weights(learn), before) and not torch.is_autocast_enabled('cpu')
+    learn.fit(1)        # the second one was for that fit only
 
 def test_bfloat16_has_no_scaler():
     class See(Callback):
