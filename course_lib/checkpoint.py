@@ -67,9 +67,10 @@ class CheckpointCB(Callback):
         every:int=None, # save after so many steps too, not only after each epoch
         keep:int=2, # so many of the newest are kept, of each fit
         monitor:str=None, # name in the history; the epoch where it was best is kept as best-….pt
-        mode:str='min', # 'min' if a lower `monitor` is better, 'max' if higher
+        mode:str=None, # 'min' if a lower `monitor` is better, 'max' if higher; of the loss it is known
         resume:bool=False, # go on from the newest checkpoint in the folder, if there is one?
     ):
+        if mode is None and monitor in (None, 'loss'): mode = 'min'
         _check_mode('CheckpointCB', mode)
         if every is not None: every = check_number('CheckpointCB', 'every', every, least=1, whole=True)
         keep = check_number('CheckpointCB', 'keep', keep, least=1, whole=True)
