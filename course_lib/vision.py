@@ -51,6 +51,11 @@ def folder_label(
     "The name of the folder that `f` is in; é is one letter, also where a Mac writes it as e and an accent"
     return unicodedata.normalize('NFC', Path(f).parent.name)
 
+def _paths(who, files):
+    "`files` as a list of Paths; a single text or Path, which would be taken apart or is a folder's, is refused"
+    if not isinstance(files, (str,Path)): return [*map(Path, files)]
+    raise TypeError(f"{who}: got {str(files)!r}, but a list of image files is wanted, as get_image_files(folder) makes")
+
 def val2idx(
     vals:Iterable, # names, for instance of classes, each of them once; their order counts
 )->dict: # name -> number
@@ -68,7 +73,7 @@ def split_files(
 )->tuple: # two lists of Paths
     "Files for training and files for validation, told apart by the folder above their class folder"
     parts = {name: [] for name in (train, *valid)}
-    for f in map(Path, files):
+    for f in _paths('split_files', files):
         part = f.parent.parent.name
         if part not in parts:
             raise ValueError(f"split_files: {f} is in a class folder of {part!r}, but {', '.join(parts)} are known; "
@@ -83,6 +88,8 @@ def load_image(
     mode:str='RGB', # or 'L' for gray
 ): # PIL image
     "The picture in an image file as a viewer shows it, squeezed or stretched to `size` by `size` pixels"
+    if size is not None: size = check_number('load_image', 'size', size, least=1, whole=True)
+    if mode not in ('RGB', 'L'): raise ValueError(f"load_image: mode is {mode!r}, but 'RGB' or 'L' is wanted")
     with open(f, 'rb') as file, Image.open(file) as im:
         draft = im.draft(mode, (size,size)) if size else None       # a JPEG need not be decoded larger than this
         if draft: im = im.resize((size,size), Image.BILINEAR, box=draft[1])
@@ -93,6 +100,9 @@ def image_bytes(
     im, # PIL image, gray or RGB
 )->Tensor: # uint8 (1, h, w) or (3, h, w)
     "The pixels of an image, channels first"
+    if im.mode not in ('RGB', 'L'):
+        raise ValueError(f"image_bytes: the image is of mode {im.mode}, whose numbers are no gray or RGB; "
+                         "convert_image(im, 'RGB') makes them")
     t = torch.from_numpy(np.array(im))
     return t[None] if t.ndim==2 else t.permute(2,0,1)
 
@@ -110,9 +120,10 @@ class ImageDataset:
         label:Callable=folder_label, # takes a file, returns the name of its class
     ):
         self.size = check_number('ImageDataset', 'size', size, least=1, whole=True)
-        if mode not in ('RGB', 'L') or not (dtype.is_floating_point or dtype==torch.uint8): raise ValueError(
+        known = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype==torch.uint8)
+        if mode not in ('RGB', 'L') or not known: raise ValueError(
             f"ImageDataset: mode {mode!r} and {dtype}; 'RGB' or 'L' is wanted, and a type of floats or torch.uint8")
-        self.files,self.mode,self.dtype = [Path(f) for f in files],mode,dtype
+        self.files,self.mode,self.dtype = _paths('ImageDataset', files),mode,dtype
         for f in self.files: str(f)     # a Path keeps its text: made here once, and not in each worker anew
         names = [label(f) for f in self.files]
         self.classes = sorted(set(names)) if classes is None else list(classes)

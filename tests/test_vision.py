@@ -169,7 +169,7 @@ def test_a_number_that_is_none_is_not_the_fault_of_the_file(tmp_path, i, error):
     assert torch.equal(ds[-1][0], ds[0][0]) and len(list(ds))==1
 
 @pytest.mark.parametrize('bad', [dict(size=0), dict(size=-1), dict(size=True), dict(size='64'), dict(size=None), dict(mode='rgb'), dict(mode='RGBA'), dict(mode=None),
-                                 dict(dtype=torch.int64), dict(dtype=torch.bool)], ids=str)
+                                 dict(dtype=torch.int64), dict(dtype=torch.bool), dict(dtype=np.float32)], ids=str)
 def test_what_makes_no_dataset_is_refused_at_once(bad):
     with pytest.raises(ValueError, match='ImageDataset: .*wanted'): ImageDataset([Path('a/1.png')], **bad)
 
@@ -178,6 +178,26 @@ def test_other_types_of_floats(tmp_path, dtype):
     f = save(tmp_path/'a', 'x.png', smooth(np.random.default_rng(0), 20, 20))
     x,want = ImageDataset([f], dtype=dtype)[0][0],ImageDataset([f])[0][0]
     assert x.dtype==dtype and (x.float() - want).abs().max()<0.01
+
+@pytest.mark.parametrize('one', ['train/a/1.png', Path('train/a'), 'train'], ids=str)
+def test_one_name_is_not_a_list_of_files(one):
+    "A text would be taken apart, letter by letter"
+    for f in ImageDataset, split_files:
+        with pytest.raises(TypeError, match=f'{f.__name__}: got .*a list of image files is wanted.*get_image_files'): f(one)
+
+@pytest.mark.parametrize('bad', [dict(size=0), dict(size=True), dict(size=8.5), dict(size=(8,8)), dict(mode='CMYK'), dict(mode='rgb')], ids=str)
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
+def test_load_image_refuses_what_is_no_size_or_mode(tmp_path, bad, suffix):
+    "0 gave the whole picture, True one pixel, and CMYK four channels of ink"
+    f = save(tmp_path, f'x.{suffix}', smooth(np.random.default_rng(0), 20, 20))
+    with pytest.raises(ValueError, match='load_image: .*wanted'): load_image(f, **bad)
+
+@pytest.mark.parametrize('mode', ['P', 'RGBA', '1', 'I', 'F', 'LA', 'CMYK'])
+def test_image_bytes_takes_gray_and_rgb_alone(mode):
+    "The numbers of a palette are no brightness"
+    im = Image.fromarray(smooth(np.random.default_rng(0), 20, 20))
+    with pytest.raises(ValueError, match=f'image_bytes: the image is of mode {mode},.*convert_image'): image_bytes(im.convert(mode))
+    assert image_bytes(im).shape==(3,20,20) and image_bytes(im.convert('L')).shape==(1,20,20)
 
 def test_labels_stay_on_the_cpu():
     "Also where somebody has made another device the default"
