@@ -26,9 +26,8 @@ def _numbers_differ(yours, wanted):
     "How two tensors, arrays or numbers differ, in a few words; empty if they agree up to rounding"
     a,b = (torch.as_tensor(o).detach().cpu() for o in (yours, wanted))
     if a.shape!=b.shape:
-        if a.ndim and b.ndim: return f'yours has shape {tuple(a.shape)}, and {tuple(b.shape)} is wanted'
-        if a.ndim: return f'yours has shape {tuple(a.shape)}, and a single number, shape (), is wanted'
-        return f'yours is a single number, shape (), and shape {tuple(b.shape)} is wanted'
+        x,y = (f'{tuple(o.shape)}' if o.ndim else '(), that of a single number,' for o in (a, b))
+        return f'yours has shape {x}'.removesuffix(',') + f', and {y} is wanted'
     if a.dtype==b.dtype==torch.bool and not a.ndim: return '' if a==b else f'yours is {a.item()}, and {b.item()} is wanted'
     a,b = a.double().flatten(),b.double().flatten()
     whole = not torch.as_tensor(wanted).is_floating_point()         # whole numbers are not rounded
@@ -415,8 +414,8 @@ def _exercise(name):
     known = _exercises(_course()/'exercises')
     if name in known: return known[name]
     like = difflib.get_close_matches(name, known, n=1)
-    raise ValueError(f"check: no exercise is called {name!r}" + (f"; is it {like[0]!r}?" if like else ". A value, or a function "
-                     "of another name, is checked under the exercise's, as in check(n_wrong=n_wrong)"))
+    raise ValueError(f"check: no exercise is called {name!r}" + (f"; is it {like[0]!r}?" if like else '; a function of '
+                     "another name is checked as in check(near=mine)"))
 
 def check(
     obj=None, # the function or class that you have written, under the exercise's name
@@ -425,10 +424,13 @@ def check(
     "Is it right, and if not: what is the mistake?"
     if len(answer) + (obj is not None)!=1:
         raise ValueError("check: give it one thing, as check(f) or check(name=value)")
-    (name,obj), = answer.items() or [(getattr(obj, '__name__', type(obj).__name__), obj)]
-    if not answer and isinstance(obj, str) and obj in _exercises(_course()/'exercises'):
-        raise ValueError(f"check: this is its name alone; give it what you wrote, as in check({obj})")
-    ex = _exercise(name)
+    known = _exercises(_course()/'exercises')
+    name = next(iter(answer), getattr(obj, '__name__', ''))
+    whole = obj if isinstance(obj, str) else type(obj).__name__     # was its name given, or an object of the class?
+    if not name: raise ValueError(
+        f'check: give it what you wrote, as in check({whole})' if whole in known else
+        "check: a value is checked under its exercise's name, as in check(n_wrong=n_wrong)")
+    obj,ex = answer.get(name, obj),_exercise(name)
     module = str(getattr(obj, '__module__', ''))
     if module.startswith('course_lib.'):
         raise ValueError(f"check: this {name} is the library's, from {module}; run the cell with yours, then check it")

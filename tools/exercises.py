@@ -10,7 +10,7 @@
                                             solutions and the mistakes into the library, and see which chapters notice
 
 What is in work/ is yours, and never overwritten; `learn 04 --add` puts exercises that are new in the course at its end."""
-import argparse, ast, os, shutil, subprocess, sys, tempfile, time
+import argparse, ast, linecache, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -19,14 +19,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from course_lib.check import Outcome, _exercises, _read_progress, progress, proof, read_exercises     # noqa: E402
+from course_lib.check import Outcome, Raised, _exercises, _read_progress, progress, proof, read_exercises     # noqa: E402
 
 def master(chapter):
     "The notebook in exercises/ whose name starts with `chapter`"
     found = sorted((ROOT/'exercises').glob(f'{chapter}*.ipynb')) if chapter else []
     if len(found)==1: return found[0]
-    names = ', '.join(p.stem for p in sorted((ROOT/'exercises').glob('*.ipynb')))
-    sys.exit(f"no chapter with exercises starts with {chapter!r}; there are: {names}")
+    names = ', '.join(p.stem for p in found or sorted((ROOT/'exercises').glob('*.ipynb')))
+    if not chapter: sys.exit(f'which chapter? There are: {names}')
+    how_many = 'more than one' if found else 'no'
+    sys.exit(f"{how_many} chapter with exercises starts with {chapter!r}; there are: {names}")
 
 def copy_of(path): return ROOT/'work'/path.name
 
@@ -84,7 +86,7 @@ def make_copy(path, add=False):
         part.replace(mine)
         print(f"added to the end of {mine.relative_to(ROOT)}: {', '.join(new)}")
     elif new: print(f"{mine.relative_to(ROOT)} is yours and stays as it is. New in the course: {', '.join(new)}. "
-                    f"To get it: python tools/exercises.py learn {path.name[:2]} --add")
+                    f"To get {'it' if len(new)==1 else 'them'}: python tools/exercises.py learn {path.name[:2]} --add")
     else: print(f'{mine.relative_to(ROOT)} is there, and stays as it is')
     return mine
 
@@ -112,13 +114,19 @@ def check(args):
     names,outcomes = {'__name__': '__main__'},[]
     for i,cell in enumerate(nbformat.read(path, as_version=4).cells, 1):
         if cell.cell_type!='code': continue
+        name,source = f'<cell {i}>',TransformerManager().transform_cell(cell.source)
+        if 'get_ipython()' in source:
+            print(f'cell {i} of {path.name} is left out: it has a command of Jupyter in it\n')
+            continue
+        linecache.cache[name] = len(source),None,source.splitlines(True),name       # so that an error can show its line
         try:
-            body = ast.parse(TransformerManager().transform_cell(cell.source)).body
+            body = ast.parse(source, name).body
             last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-            exec(compile(ast.Module(body, []), f'<cell {i}>', 'exec'), names)
-            value = last and eval(compile(ast.Expression(last.value), f'<cell {i}>', 'eval'), names)
-        except Exception as e:
-            print(f'cell {i} of {path.name} ended with {type(e).__name__}: {e}\n')
+            exec(compile(ast.Module(body, []), name, 'exec'), names)
+            value = last and eval(compile(ast.Expression(last.value), name, 'eval'), names)
+        except KeyboardInterrupt: sys.exit(f'\nstopped in cell {i} of {path.name}')
+        except (Exception, SystemExit) as e:
+            print(f'cell {i} of {path.name} ended with {Raised(e)}\n')
             continue
         if isinstance(value, Outcome):
             outcomes.append(value.status)
