@@ -102,7 +102,7 @@ def difference(
             if d := difference(a[k], b[k]): return f'{k}: {d}'
         return ''
     if isinstance(a, (list,tuple)) and isinstance(b, (list,tuple)):
-        if len(a)!=len(b): return f'yours has {len(a)} items, and {len(b)} are wanted'
+        if len(a)!=len(b): return f'yours has {len(a)} item{"s"*(len(a)!=1)}, and {len(b)} {"is" if len(b)==1 else "are"} wanted'
         return next((f'item {i}: {d}' for i,(x,y) in enumerate(zip(a, b)) if (d := difference(x, y))), '')
     return '' if type(a) is type(b) and a==b else f'yours is {_show(a)}, and {_show(b)} is wanted'
 
@@ -280,7 +280,7 @@ class Outcome:
 
     def lines(self):
         "What to tell, line by line"
-        given = 'It still does what the code that was given does' if self.exercise.about.startswith('repair') else (
+        given = 'It still does what the given code does: if yours is mended, run its cell first' if self.exercise.about.startswith('repair') else (
                 'It does what the stub does: write yours in its place, and run its cell')
         more = {'right': '', 'not attempted': f'{given}.', 'not yet': self.mistake}[self.status]
         seen = self.evidence and self.evidence + ('' if self.evidence.endswith(('.', '?')) else '.')
@@ -299,11 +299,17 @@ class Outcome:
 # %% ../nbs/22_check.ipynb #412d7fdb
 def _as(what): return what if what.startswith('without') else f'with {what}'
 
-def _said(what):
-    "A change of our solution as a learner is told it: not more of the solution than it takes"
+def _said(what, old, new):
+    "A change from `old` to `new` source as a learner is told it: a number with what is around it, and no whole line"
     if what.startswith('without `return'): return 'without its `return`'
     what = _as(what).replace(', again', '')
-    return f'{what} and its block' if what.endswith(':`') else what
+    if what.endswith(':`'): return f'{what} and its block'
+    if re.fullmatch('with `-?[0-9.]+` in place of `-?[0-9.]+`', what):
+        a,b = ([o for o in ast.walk(ast.parse(code)) if isinstance(o, ast.expr)] for code in (old, new))
+        near = [(ast.unparse(x), ast.unparse(y)) for x,y in zip(a, b) if not isinstance(x, (ast.Constant, ast.UnaryOp))]
+        x,y = next(((x, y) for x,y in near[::-1] if x!=y), ('', ''))
+        if len(a)==len(b) and 0 < len(x) < 40: return f'with `{y}` in place of `{x}`'
+    return what
 
 def diagnose(
     ex:Exercise,
@@ -324,7 +330,7 @@ def diagnose(
     elif _is_numeric(b) and not _is_numeric(a): what = f'{_show(a)} is not a number, and a number is wanted'
     else: what = f'{_show(a)} is not it'        # a number is not given away
     seen = dict(evidence=what, printed=printed.getvalue())
-    def small(source): return next((what for what,o in mutants(source).items() if same(o)), '')
+    def small(source): return next((_said(what, source, o) for what,o in mutants(source).items() if same(o)), '')
     def outcome(mistake='', o={}):
         return Outcome(ex, 'not yet', mistake, see=o.get('see', ex.see), hint=o.get('hint', ''), **seen)
     try:
@@ -332,12 +338,12 @@ def diagnose(
             for mistake,o in ex.wrong.items():
                 if same(o['source']): return outcome(mistake, o)
             if not ex.probes: return outcome()
-            if what := small(ex.solution): return outcome(f'It does what our solution does {_said(what)}.')
+            if what := small(ex.solution): return outcome(f'It does what our solution does {what}.')
             if all(isinstance(yours[k], Raised) for k in off): return outcome()     # an error is like many others
         with isolated(1):       # two mistakes at once: for so long we try
             for mistake,o in ex.wrong.items():
                 if what := small(o['source']):
-                    second = f'There may be a second mistake: with the first one in it, and {_said(what)}, ours does the same.'
+                    second = f'There may be a second mistake: with the first one in it, and {what}, ours does the same.'
                     return outcome(f'{mistake} {second}', o)
     except TimeoutError: pass       # a mutant may loop for ever, too: then the mistake has no name
     return outcome()
