@@ -480,6 +480,7 @@ def progress():
         status = known.get(ex.name, {}).get('status')
         rows.setdefault(ex.chapter, []).append({'right': '■', 'not yet': '▪'}.get(status, '□'))
     for chapter,marks in rows.items(): print(f'{chapter:16} {"".join(marks):8} {marks.count("■")} of {len(marks)}')
+    print('■ right, ▪ tried, □ to do')
 
 # %% ../nbs/22_check.ipynb #155d80be
 def _constant(f):

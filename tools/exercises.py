@@ -205,9 +205,16 @@ def swap(args):
     from run import run_all, measured
     path = existing_copy(args.chapter)
     module = path.stem.partition('_')[2]
-    stubs = {ast.unparse(ast.parse(ex.stub)) for ex in read_exercises(master(args.chapter))}
+    exercises = read_exercises(master(args.chapter))
+    stubs = {ast.unparse(ast.parse(ex.stub)) for ex in exercises}
+    for o in code_of(path):
+        try: ast.parse(o)
+        except SyntaxError as e: sys.exit(f'{path.relative_to(ROOT)} has a cell that is not Python yet ({e.msg}):\n\n    {e.text}')
     theirs = [o for o in code_of(path) if 'check(' not in o and ast.unparse(ast.parse(o)) not in stubs]
-    source,new = swapped((ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8'), theirs, module)
+    library = (ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8')
+    source,new = swapped(library, theirs, module)
+    if not {ex.name for ex in exercises} & {name for name,*_ in top_level(library)}:
+        sys.exit(f'nothing to swap: course_lib.{module} has none of the functions and classes of these exercises')
     if not new: sys.exit(f'{path.relative_to(ROOT)} defines nothing yet that is in course_lib.{module}')
     chapters = [p for p in users(module, new) if not args.chapters or p.name[:2] in args.chapters]
     named = ', '.join(p.stem for p in chapters or users(module, new))
@@ -215,7 +222,10 @@ def swap(args):
     print(f"yours: {', '.join(new)}. Chapters that use them: {named}, about {sum(map(measured, chapters))/2:.0f} s")
     with tempfile.TemporaryDirectory() as temp:
         os.environ.update(with_module(temp, module, source))
-        run_all(chapters)
+        try: run_all(chapters)
+        except SystemExit as e:
+            sys.exit(f"{e}\n\nThat came out with your {', '.join(new)}. What does yours do that ours does not? "
+                     f'python tools/exercises.py check {path.name[:2]}')
     print(f"with your {', '.join(new)}, everything came out as the ledger expects it")
 
 def with_module(temp, module, source):
