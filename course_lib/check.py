@@ -326,7 +326,7 @@ def diagnose(
     def same(source): return _does(ex, source, yours, set(wanted) - set(off))
     if same(ex.stub): return Outcome(ex, 'not attempted')
     a,b = (o[off[0]] for o in (yours, wanted))
-    if ex.probes: what = f'Seen with "{off[0]}": {difference(a, b)}'
+    if ex.probes: what = f'Seen with "{off[0]}": ' + difference(a, b).removeprefix('the result: ')
     elif _is_numeric(b) and not _is_numeric(a): what = f'{_show(a)} is not a number, and a number is wanted'
     else: what = f'{_show(a)} is not it'        # a number is not given away
     seen = dict(evidence=what, printed=printed.getvalue())
