@@ -28,7 +28,8 @@ def _numbers_differ(yours, wanted):
     if a.shape!=b.shape:
         x,y = (f'{tuple(o.shape)}' if o.ndim else '(), that of a single number,' for o in (a, b))
         return f'yours has shape {x}'.removesuffix(',') + f', and {y} is wanted'
-    if a.dtype==b.dtype==torch.bool and not a.ndim: return '' if a==b else f'yours is {a.item()}, and {b.item()} is wanted'
+    if a.dtype==b.dtype==torch.bool and not a.ndim:
+        return '' if a==b else f'yours is {a.item()}, and {b.item()} is wanted'
     a,b = a.double().flatten(),b.double().flatten()
     whole = not torch.as_tensor(wanted).is_floating_point()         # whole numbers are not rounded
     atol = 0 if whole or not b.isfinite().any() else max(1e-7, 1e-5*b[b.isfinite()].abs().max().item())
@@ -40,7 +41,7 @@ def _numbers_differ(yours, wanted):
     x,y = (0. if not whole and abs(o) <= atol else o.item() for o in (a[off[0]], b[off[0]]))
     seen = f'{x:{digits}} and not {y:{digits}}' + (f' at {[o.item() for o in place]}' if place else '')
     ratio,shift = (a/b)[b.abs().argmax()],(a-b)[0]
-    plain = len(b)>1 or any((r - r.round()).abs()<1e-4 and r.abs()>0.5 for r in (ratio, 1/ratio))    # 5 ×, or a third of it
+    plain = len(b)>1 or any(r.abs()>0.5 and (r - r.round()).abs()<1e-4 for r in (ratio, 1/ratio))    # 5 ×, or a third
     if a.isnan().any() and not b.isnan().any(): what = 'yours has nan in it'
     elif near(a, 0*b).all():
         what = 'yours is 0'
@@ -89,20 +90,23 @@ def difference(
     if isinstance(b, Raised):
         if isinstance(a, Raised) and a.kind==b.kind: return ''
         return f'yours {"raises" if isinstance(a, Raised) else "gives"} {_show(a)}, and {_a(b.kind)} is wanted'
-    if isinstance(a, Raised): return f'yours raises {a}{a.line and f" in the line `{a.line}`"}, and {_show(b)} is wanted'
+    if isinstance(a, Raised):
+        where = a.line and f' in the line `{a.line}`'
+        return f'yours raises {a}{where}, and {_show(b)} is wanted'
     if _is_numeric(a) and _is_numeric(b): return _numbers_differ(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
         for k in {**b, **a}:
             if k not in a or k not in b:
                 what,_,changed = k.rpartition(', ')
-                if changed=='changed':
-                    return f'{what} ' + ('stays as it is, and should change' if k in b else 'is changed, and should stay as it is')
+                says = 'stays as it is, and should change' if k in b else 'is changed, and should stay as it is'
+                if changed=='changed': return f'{what} {says}'
             if k not in a: return f'{k}: yours has none, and {_show(b[k])} is wanted'
             if k not in b: return f'{k}: yours has {_show(a[k])}, and there should be none'
             if d := difference(a[k], b[k]): return f'{k}: {d}'
         return ''
     if isinstance(a, (list,tuple)) and isinstance(b, (list,tuple)):
-        if len(a)!=len(b): return f'yours has {len(a)} item{"s"*(len(a)!=1)}, and {len(b)} {"is" if len(b)==1 else "are"} wanted'
+        items,are = 'item' if len(a)==1 else 'items','is' if len(b)==1 else 'are'
+        if len(a)!=len(b): return f'yours has {len(a)} {items}, and {len(b)} {are} wanted'
         return next((f'item {i}: {d}' for i,(x,y) in enumerate(zip(a, b)) if (d := difference(x, y))), '')
     return '' if type(a) is type(b) and a==b else f'yours is {_show(a)}, and {_show(b)} is wanted'
 
@@ -202,7 +206,7 @@ class Exercise:
 def _same(a, b): return not difference(a, b) and getattr(a, 'says', '')==getattr(b, 'says', '')
 
 def _does(ex, source, trace, right=()):
-    "Does `source` do on every probe what `trace` says? The first difference decides; what a `right` error says is free"
+    "Does `source` do on every probe what `trace` says? The first difference decides; a `right` error may say anything"
     obj = ex.define(source)
     def same(label, o): return not difference(o, trace[label]) if label in right else _same(o, trace[label])
     return all(same(label, ex._probe(probe, obj)) for label,probe in ex._probes().items())
@@ -234,7 +238,7 @@ def _mistakes(node):
     elif isinstance(node, ast.With): yield ast.If(ast.Constant(True), node.body, [])
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Return) and node.value: yield ast.Expr(node.value)
-    elif isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.If, ast.For)) and not is_text:
+    elif isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign, ast.Raise, ast.If, ast.For)) and not is_text:
         yield ast.Pass()
 
 # %% ../nbs/22_check.ipynb #375849dd
@@ -280,9 +284,10 @@ class Outcome:
 
     def lines(self):
         "What to tell, line by line"
-        given = 'It still does what the given code does: if yours is mended, run its cell first' if self.exercise.about.startswith('repair') else (
-                'It does what the stub does: write yours in its place, and run its cell')
-        more = {'right': '', 'not attempted': f'{given}.', 'not yet': self.mistake}[self.status]
+        as_given = ('It still does what the given code does: if yours is mended, run its cell first.'
+                    if self.exercise.about.startswith('repair') else
+                    'It does what the stub does: write yours in its place, and run its cell.')
+        more = {'right': '', 'not attempted': as_given, 'not yet': self.mistake}[self.status]
         seen = self.evidence and self.evidence + ('' if self.evidence.endswith(('.', '?')) else '.')
         where = self.see and f'Chapter {self.exercise.chapter[:2]} tells of it under "{self.see}". hint() says more.'
         printed = ' / '.join(self.printed.strip().splitlines()[:5])

@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from course_lib.check import Outcome, Raised, _exercises, _read_progress, progress, proof, read_exercises     # noqa: E402
+from course_lib.check import Outcome, Raised, _read_progress, progress, proof, read_exercises     # noqa: E402
 
 def master(chapter):
     "The notebook in exercises/ whose name starts with `chapter`"
@@ -114,12 +114,13 @@ def check(args):
     names,outcomes = {'__name__': '__main__'},[]
     for i,cell in enumerate(nbformat.read(path, as_version=4).cells, 1):
         if cell.cell_type!='code': continue
-        name,source = f'<cell {i}>',TransformerManager().transform_cell(cell.source)
-        if 'get_ipython()' in source:
-            print(f'cell {i} of {path.name} is left out: it has a command of Jupyter in it\n')
-            continue
-        linecache.cache[name] = len(source),None,source.splitlines(True),name       # so that an error can show its line
+        name = f'<cell {i}>'
         try:
+            source = TransformerManager().transform_cell(cell.source)
+            if 'get_ipython()' in source:
+                print(f'cell {i} of {path.name} is left out: it has a command of Jupyter in it\n')
+                continue
+            linecache.cache[name] = len(source),None,source.splitlines(True),name     # for errors to show
             body = ast.parse(source, name).body
             last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
             exec(compile(ast.Module(body, []), name, 'exec'), names)
@@ -209,7 +210,8 @@ def swap(args):
     stubs = {ast.unparse(ast.parse(ex.stub)) for ex in exercises}
     for o in code_of(path):
         try: ast.parse(o)
-        except SyntaxError as e: sys.exit(f'{path.relative_to(ROOT)} has a cell that is not Python yet ({e.msg}):\n\n    {e.text}')
+        except SyntaxError as e:
+            sys.exit(f'{path.relative_to(ROOT)} has a cell that is not Python yet ({e.msg}):\n\n    {e.text}')
     theirs = [o for o in code_of(path) if 'check(' not in o and ast.unparse(ast.parse(o)) not in stubs]
     library = (ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8')
     source,new = swapped(library, theirs, module)
