@@ -238,8 +238,8 @@ def _mistakes(node):
     elif isinstance(node, ast.With): yield ast.If(ast.Constant(True), node.body, [])
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     if isinstance(node, ast.Return) and node.value: yield ast.Expr(node.value)
-    elif isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign, ast.Raise, ast.If, ast.For)) and not is_text:
-        yield ast.Pass()
+    elif isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.If, ast.For)):
+        if not is_text: yield ast.Pass()
 
 # %% ../nbs/22_check.ipynb #375849dd
 def _told(old, new):
