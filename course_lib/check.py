@@ -36,10 +36,10 @@ def _numbers_differ(yours, wanted):
     def near(x, y): return torch.isclose(x, y, rtol=0 if whole else 1e-4, atol=atol, equal_nan=True)
     if near(a, b).all(): return ''
     off = (~near(a, b)).nonzero().flatten()
-    place = torch.unravel_index(off[0], torch.as_tensor(wanted).shape)
+    place = np.unravel_index(off[0].item(), torch.as_tensor(wanted).shape)
     digits = '.10g' if whole else '.5g'
     x,y = (0. if not whole and abs(o) <= atol else o.item() for o in (a[off[0]], b[off[0]]))
-    seen = f'{x:{digits}} and not {y:{digits}}' + (f' at {[o.item() for o in place]}' if place else '')
+    seen = f'{x:{digits}} and not {y:{digits}}' + (f' at {[int(o) for o in place]}' if place else '')
     ratio,shift = (a/b)[b.abs().argmax()],(a-b)[0]
     plain = len(b)>1 or any(r.abs()>0.5 and (r - r.round()).abs()<1e-4 for r in (ratio, 1/ratio))    # 5 ×, or a third
     if a.isnan().any() and not b.isnan().any(): what = 'yours has nan in it'
@@ -316,6 +316,17 @@ def _said(what, old, new):
         if len(a)==len(b) and 0 < len(x) < 40: return f'with `{y}` in place of `{x}`'
     return what
 
+def _nearest(ex, yours, wanted):
+    "The mistake that does what `yours` does on more than half of the probes where that is off, in words"
+    off = [k for k in wanted if difference(yours[k], wanted[k])]
+    def shared(mistake):
+        obj = ex.define(ex.wrong[mistake]['source'])
+        return sum(_same(ex._probe(ex.probes[k], obj), yours[k]) for k in off)
+    n,best = max(((shared(o), o) for o in ex.wrong), key=lambda o: o[0], default=(0, ''))
+    if 2*n<=len(off): return '',{}
+    where = 'Where' if n==len(off) else f'On {n} of the {len(off)} probes where'
+    return f'{where} it is off, it does what this mistake does. {best}',ex.wrong[best]
+
 def diagnose(
     ex:Exercise,
     obj, # what the learner has defined
@@ -350,8 +361,10 @@ def diagnose(
                 if what := small(o['source']):
                     second = f'There may be a second mistake: with the first one in it, and {what}, ours does the same.'
                     return outcome(f'{mistake} {second}', o)
-    except TimeoutError: pass       # a mutant may loop for ever, too: then the mistake has no name
-    return outcome()
+    except TimeoutError: pass       # a mutant may loop for ever, too
+    try:
+        with isolated(seconds): return outcome(*_nearest(ex, yours, wanted))
+    except TimeoutError: return outcome()
 
 # %% ../nbs/22_check.ipynb #40c20769
 def _directives(source):

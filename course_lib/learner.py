@@ -282,7 +282,9 @@ def _begin(self:Learner, n_epochs, lr, train, valid):
 def _make_opt(self:Learner, lr):
     "Make the optimizer, or check that the one there is trains what the model has"
     params = list(self.model.parameters())
-    if self.opt is None: self.opt,self._opt_params = self.opt_func(params, lr),params
+    if self.opt is None:
+        self.opt,self._opt_params = self.opt_func(params, lr),params
+        self._opt_made = _settings(self.opt)
     elif [*map(id, params)] != [*map(id, getattr(self, '_opt_params', params))]:
         raise ValueError("Learner: the model has other parameters than when its optimizer was made, and the new ones "
                          "would not be trained; `learn.opt = None` has a new optimizer made")
@@ -520,10 +522,16 @@ def _position(self:Learner):
     return dict(pass_no=self.pass_no+self.pass_over, batches_done=self.batches_done if in_pass else 0,
                 loss_sum=self.loss_sum, n_seen=self.n_seen, start=self._start if in_pass else None)
 
+def _settings(opt):
+    "The numbers that an optimizer was made with, by name; not its learning rate, which the fit has"
+    made = getattr(opt, 'defaults', None) or {k: getattr(opt, k) for k in getattr(opt, 'hypers', ())}
+    return {k: v for k,v in made.items() if isinstance(v, (Real,tuple)) and k!='lr'}
+
 @patch
 def _plan(self:Learner):
     "What makes a fit this fit and no other"
-    return dict(n_epochs=self.n_epochs, passes=self.passes, lr=self.fit_lr, callbacks=list(_with_memory(self.cbs)))
+    return dict(n_epochs=self.n_epochs, passes=self.passes, lr=self.fit_lr, callbacks=list(_with_memory(self.cbs)),
+                **getattr(self, '_opt_made', {}))
 
 @patch
 def _first_pass(self:Learner):

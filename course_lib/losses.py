@@ -39,7 +39,12 @@ def nll(
 )->Tensor: # () mean loss in nats
     "Negative log-likelihood: minus the mean of the log-probabilities given to what is true"
     _check_classes('nll', logp, targs)
-    return -_wide(_pick('nll', logp, targs)).mean()
+    picked = _pick('nll', logp, targs)
+    if picked.device.type=='cpu' and picked.max() > 0.1:        # more than rounding
+        raise ValueError(f"nll: a true class has the log-probability {picked.max():.3g}, but 0 is the largest there "
+                         "is. If these are scores, use cross_entropy(preds, targs); if probabilities, "
+                         "nll(probs.log(), targs)")
+    return -_wide(picked).mean()
 
 # %% ../nbs/09_losses.ipynb #6fbada08
 def _check_classes(name, preds, targs):
@@ -111,6 +116,10 @@ def bce(
 )->Tensor: # () mean loss in nats
     "Binary cross-entropy: the mean surprise at `targs` under the sigmoid of `preds`"
     _check_numbers('bce', preds, targs)
+    if targs.device.type=='cpu' and not ((targs>=0) & (targs<=1)).all():
+        raise ValueError(f"bce: targets go from {targs.min():.3g} to {targs.max():.3g}, but 1 for yes, 0 for no or a "
+                         "probability in between is wanted: for -1 and 1, (targs+1)/2; for classes, cross_entropy. "
+                         "If the two are swapped, use bce(preds, targs)")
     preds = _wide(preds)
     targs = targs.to(preds.dtype)
     return -(targs*F.logsigmoid(preds) + (1-targs)*F.logsigmoid(-preds)).mean()
@@ -122,6 +131,7 @@ def accuracy(
 )->Tensor: # () share from 0 to 1
     "Share of the rows of `preds` whose largest entry is at the class that `targs` names"
     _check_classes('accuracy', preds, targs)
+    _pick('accuracy', preds, targs)         # refuses what is no class, which would count as wrong
     return (preds.argmax(1)==targs).float().mean()
 
 # %% ../nbs/09_losses.ipynb #74e98b48

@@ -40,6 +40,11 @@ def test_names_are_unique_and_kinds_are_mixed():
         kinds = [ex.about.split(',')[0] for ex in EXERCISES if ex.chapter==p.stem]
         assert 2 <= len(kinds) <= 6 and len(set(kinds)) > 1, (p.stem, kinds)
 
+def test_each_chapter_has_exercises_and_says_so():
+    chapters = {p.name for p in (ROOT/'nbs').glob('[0-9]*.ipynb')} - {'22_check.ipynb'}
+    assert {p.name for p in MASTERS}==chapters
+    for name in chapters: assert f'make learn NB={name[:2]}' in nbformat.read(ROOT/'nbs'/name, as_version=4).cells[-1].source, name
+
 @each
 def test_the_library_is_not_what_is_judged(ex):
     "A solution that stands in the library is refused by name, so that nobody is praised for importing it"

@@ -582,3 +582,26 @@ def test_a_callback_that_comes_or_goes_while_predicting():
     late = Log()
     make(cbs=InPredict()).fit(1)
     assert set(late.log[:1])=={'cleanup_batch'} and late.log.count('before_epoch')==1 and late.log[-1]=='cleanup_fit'
+
+@pytest.mark.parametrize('opt_func,other,says', [
+    (partial(AdamW, wd=0.01), partial(AdamW, wd=0.5), 'wd was 0.01 and is 0.5 here'),
+    (partial(torch.optim.SGD, momentum=0.9), partial(torch.optim.SGD, momentum=0.5), 'momentum was 0.9 and is 0.5 here')])
+def test_a_fit_does_not_go_on_with_another_optimizer_setting(opt_func, other, says):
+    "It would use the numbers of the state without a word; what a schedule has changed meanwhile is no other setting"
+    class Schedule(Callback):
+        def after_step(self):
+            for g in getattr(self.opt, 'param_groups', [vars(self.opt)]):
+                for name in {'wd', 'weight_decay'} & set(g): g[name] = 0.02*self.step_count
+    def make_it(opt_func, *cbs):
+        learn = make(cbs=[Schedule(), *cbs])
+        learn.opt_func = opt_func
+        return learn
+    with pytest.raises(RuntimeError): make_it(opt_func, at := StateAt(3)).fit(2)
+    learn = make_it(other)
+    learn.load_state_dict(at.state)
+    with pytest.raises(ValueError, match=says): learn.fit(2)
+    right,plain = make_it(opt_func),make_it(opt_func)
+    right.load_state_dict(at.state)
+    right.fit(2)
+    plain.fit(2)
+    assert right.step_count==plain.step_count

@@ -156,7 +156,8 @@ def test_the_advice_helps(f, preds, targs, advice):
     words = {'squeeze': 'targs.squeeze(1)', 'argmax': 'targs.long().argmax(1)', 'long': 'targs.long()', 'float': 'preds.float()'}
     used = next((w for name,w in words.items() if name in advice.__code__.co_names), None)
     assert (used if targs.ndim!=2 or not targs.is_floating_point() else 'swapped') in str(e.value)
-    assert f(*advice(preds, targs)).isfinite()
+    preds,targs = advice(preds, targs)
+    assert f(log_softmax(preds) if f is nll else preds, targs).isfinite()
 
 @classifiers
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
@@ -255,6 +256,29 @@ def test_predictions_that_are_no_floats(f):
     with pytest.raises(TypeError, match=rf'{f.__name__}: .*int64.*preds.float\(\)'): f(torch.tensor([1,0]), torch.tensor([1,0]))
     with pytest.raises(TypeError, match='swapped'): f(torch.tensor([1,0]), torch.tensor([1.,0.]))
     with pytest.raises(ValueError, match='empty'): f(torch.ones(0), torch.ones(0))
+
+@pytest.mark.parametrize('targs', [[-1.,1.,-1.], [0.,255.,0.], [0,9,3], [0.,1.,nan], [0.,1.,1.01]], ids=str)
+def test_bce_refuses_what_is_no_probability(targs):
+    "Labels of -1 and 1, raw pixels, classes, nan: with them the loss has no smallest value, or is nan"
+    with pytest.raises(ValueError, match='bce: targets go from'): bce(torch.randn(3), torch.tensor(targs))
+
+def test_bce_notices_two_that_are_swapped():
+    x,t = torch.tensor([3., -2., 0.5]),torch.tensor([1., 0., 1.])
+    with pytest.raises(ValueError, match=r'targets go from -2 to 3.*bce\(preds, targs\)'): bce(t, x)
+    for dtype in (torch.bool, torch.uint8, torch.float16): near(bce(x, t.to(dtype)), bce(x, t))
+
+def test_nll_refuses_scores_and_probabilities():
+    x,y = torch.tensor([[2., 0.], [0., 3.]]),torch.tensor([0, 1])
+    for wrong in (x, x.softmax(1)):
+        with pytest.raises(ValueError, match=r'nll: a true class has the log-probability .*cross_entropy'): nll(wrong, y)
+    near(nll(torch.full((2,2), 1e-5), y), -1e-5)         # rounding may do that
+    for rows in ([[0., -inf], [-inf, 0.]], [[-1., nan], [nan, -1.]]): nll(torch.tensor(rows), y)
+
+@pytest.mark.parametrize('bad', [3, -1, -100])
+def test_accuracy_refuses_what_is_no_class(bad):
+    "It would count as wrong: labels from 1 to 10 would make a perfect model look bad"
+    with pytest.raises(IndexError, match=rf'accuracy: targs\[1\] is {bad}, .*classes are 0 to 2'):
+        accuracy(torch.randn(4,3), torch.tensor([0, bad, 1, 2]))
 
 @pytest.mark.parametrize('bad', [True, -0.1, 1.1, nan, inf, '0.1', [0.1]])
 def test_what_is_no_label_smoothing(bad):
