@@ -7,7 +7,7 @@ __all__ = ['Raised', 'difference', 'watch', 'isolated', 'Exercise', 'mutants', '
            'hint', 'solution', 'progress', 'proof']
 
 # %% ../nbs/22_check.ipynb #dd97ead9
-import ast, copy, html, io, json, random, re, threading, warnings, _thread
+import ast, copy, difflib, html, io, json, linecache, random, re, threading, traceback, warnings, _thread
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -25,7 +25,11 @@ def _is_numeric(o): return isinstance(o, (Tensor, np.ndarray, np.generic, int, f
 def _numbers_differ(yours, wanted):
     "How two tensors, arrays or numbers differ, in a few words; empty if they agree up to rounding"
     a,b = (torch.as_tensor(o).detach().cpu() for o in (yours, wanted))
-    if a.shape!=b.shape: return f'yours has shape {tuple(a.shape)}, and {tuple(b.shape)} is wanted'
+    if a.shape!=b.shape:
+        x,y = (f'{tuple(o.shape)}' if o.ndim else '(), that of a single number,' for o in (a, b))
+        return f'yours has shape {x}'.removesuffix(',') + f', and {y} is wanted'
+    if a.dtype==b.dtype==torch.bool and not a.ndim:
+        return '' if a==b else f'yours is {a.item()}, and {b.item()} is wanted'
     a,b = a.double().flatten(),b.double().flatten()
     whole = not torch.as_tensor(wanted).is_floating_point()         # whole numbers are not rounded
     atol = 0 if whole or not b.isfinite().any() else max(1e-7, 1e-5*b[b.isfinite()].abs().max().item())
@@ -34,11 +38,14 @@ def _numbers_differ(yours, wanted):
     off = (~near(a, b)).nonzero().flatten()
     place = np.unravel_index(off[0].item(), torch.as_tensor(wanted).shape)
     digits = '.10g' if whole else '.5g'
-    seen = f'{a[off[0]]:{digits}} and not {b[off[0]]:{digits}}' + (f' at {[int(o) for o in place]}' if place else '')
+    x,y = (0. if not whole and abs(o) <= atol else o.item() for o in (a[off[0]], b[off[0]]))
+    seen = f'{x:{digits}} and not {y:{digits}}' + (f' at {[int(o) for o in place]}' if place else '')
     ratio,shift = (a/b)[b.abs().argmax()],(a-b)[0]
-    plain = len(b)>1 or any((r - r.round()).abs()<1e-4 for r in (ratio, 1/ratio))    # 5 ×, or a third of it
+    plain = len(b)>1 or any(r.abs()>0.5 and (r - r.round()).abs()<1e-4 for r in (ratio, 1/ratio))    # 5 ×, or a third
     if a.isnan().any() and not b.isnan().any(): what = 'yours has nan in it'
-    elif near(a, 0*b).all(): what = 'yours is 0'
+    elif near(a, 0*b).all():
+        what = 'yours is 0'
+        if len(b)==1: return f'{what} and not {y:{digits}}'
     elif near(a, -b).all(): what = 'yours has the other sign'
     elif plain and ratio.isfinite() and (ratio-1).abs() > 0.001 and near(a, ratio*b).all():
         what = f'yours is {ratio:.5g} × what is wanted'
@@ -50,15 +57,29 @@ def _numbers_differ(yours, wanted):
 # %% ../nbs/22_check.ipynb #f091dfe2
 class Raised:
     "An error that a piece of code ended with: its kind and its message"
-    def __init__(self, e): self.kind,self.says = type(e).__name__,str(e)
-    def __repr__(self): return f'{self.kind}: {self.says}'.strip(': ')
+    def __init__(self, e):
+        self.kind,self.says,self.line = type(e).__name__,str(e),''
+        for f,n in traceback.walk_tb(e.__traceback__):      # the last line that stands in a notebook
+            name = f.f_code.co_filename
+            if name.startswith('<cell ') or 'ipykernel_' in name: self.line = linecache.getline(name, n).strip()
+    def __repr__(self):
+        first,_,more = self.says.partition('\n')
+        return f'{self.kind}: {first:.200}'.strip(': ') + (' …' if more or len(first)>200 else '')
+
+class _Kind(str):
+    "What is known of a result that is no number, text or list: its kind"
+    def __repr__(self): return str(self)
+
+def _a(kind): return f"a{'n' if kind[0] in 'AEIOaeio' else ''} {kind}"
 
 def _show(o):
     "A value as a sentence can hold it"
     if isinstance(o, dict) and o: return _show(next(iter(o.values())))
-    if isinstance(o, (Tensor,np.ndarray)) and o.ndim: return f'a {type(o).__name__} of shape {tuple(o.shape)}'
-    if _is_numeric(o): return f'{o.item() if hasattr(o, "item") else o:.5g}'
-    return f'{o!r}' if len(repr(o))<=60 else f'a {type(o).__name__}, {o!r:.50} …'
+    if isinstance(o, (Tensor,np.ndarray)) and o.ndim: return f'{_a(type(o).__name__)} of shape {tuple(o.shape)}'
+    if _is_numeric(o):
+        x = o.item() if hasattr(o, 'item') else o
+        return f'{x:.6g}' if isinstance(x, float) else f'{x}'
+    return f'{o!r}' if len(repr(o))<=60 else f'{_a(type(o).__name__)}, {o!r:.50} …'
 
 def difference(
     yours, # a number, tensor, text, None or error, or dict or list of them
@@ -68,17 +89,24 @@ def difference(
     a,b = yours,wanted
     if isinstance(b, Raised):
         if isinstance(a, Raised) and a.kind==b.kind: return ''
-        return f'yours {"raises" if isinstance(a, Raised) else "gives"} {_show(a)}, and a {b.kind} is wanted'
-    if isinstance(a, Raised): return f'yours raises {a}, and {_show(b)} is wanted'
+        return f'yours {"raises" if isinstance(a, Raised) else "gives"} {_show(a)}, and {_a(b.kind)} is wanted'
+    if isinstance(a, Raised):
+        where = a.line and f' in the line `{a.line}`'
+        return f'yours raises {a}{where}, and {_show(b)} is wanted'
     if _is_numeric(a) and _is_numeric(b): return _numbers_differ(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
         for k in {**b, **a}:
+            if k not in a or k not in b:
+                what,_,changed = k.rpartition(', ')
+                says = 'stays as it is, and should change' if k in b else 'is changed, and should stay as it is'
+                if changed=='changed': return f'{what} {says}'
             if k not in a: return f'{k}: yours has none, and {_show(b[k])} is wanted'
             if k not in b: return f'{k}: yours has {_show(a[k])}, and there should be none'
             if d := difference(a[k], b[k]): return f'{k}: {d}'
         return ''
     if isinstance(a, (list,tuple)) and isinstance(b, (list,tuple)):
-        if len(a)!=len(b): return f'yours has {len(a)} items, and {len(b)} are wanted'
+        items,are = 'item' if len(a)==1 else 'items','is' if len(b)==1 else 'are'
+        if len(a)!=len(b): return f'yours has {len(a)} {items}, and {len(b)} {are} wanted'
         return next((f'item {i}: {d}' for i,(x,y) in enumerate(zip(a, b)) if (d := difference(x, y))), '')
     return '' if type(a) is type(b) and a==b else f'yours is {_show(a)}, and {_show(b)} is wanted'
 
@@ -88,9 +116,9 @@ def _kept(o):
     if isinstance(o, Tensor): return o.detach().clone()
     if isinstance(o, np.ndarray): return o.copy()
     if isinstance(o, dict): return {k: _kept(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return [_kept(v) for v in o]
+    if isinstance(o, (list,tuple)): return (list if isinstance(o, list) else tuple)(_kept(v) for v in o)
     plain = (str, bytes, bool, int, float, type(None), type(...), range, slice, torch.dtype, torch.device, Raised)
-    return o if isinstance(o, (np.generic, *plain)) else f'a {type(o).__name__}'       # of other things, the kind
+    return o if isinstance(o, (np.generic, *plain)) else _Kind(_a(type(o).__name__))       # of other things, the kind
 
 def watch(
     f:Callable, # what to call
@@ -177,10 +205,11 @@ class Exercise:
 # %% ../nbs/22_check.ipynb #e4f06f75
 def _same(a, b): return not difference(a, b) and getattr(a, 'says', '')==getattr(b, 'says', '')
 
-def _does(ex, source, trace):
-    "Does the solution `source` do on every probe what `trace` says? The first difference decides"
+def _does(ex, source, trace, right=()):
+    "Does `source` do on every probe what `trace` says? The first difference decides; a `right` error may say anything"
     obj = ex.define(source)
-    return all(_same(ex._probe(probe, obj), trace[label]) for label,probe in ex._probes().items())
+    def same(label, o): return not difference(o, trace[label]) if label in right else _same(o, trace[label])
+    return all(same(label, ex._probe(probe, obj)) for label,probe in ex._probes().items())
 
 # %% ../nbs/22_check.ipynb #0406f829
 _PAIRS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.FloorDiv, ast.Div), (ast.Pow, ast.Mult), (ast.Lt, ast.LtE),
@@ -208,13 +237,14 @@ def _mistakes(node):
         if len(node.args)==2: yield _with(node, args=node.args[::-1])
     elif isinstance(node, ast.With): yield ast.If(ast.Constant(True), node.body, [])
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    if isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.If, ast.For)) and not is_text:
-        yield ast.Pass()
+    if isinstance(node, ast.Return) and node.value: yield ast.Expr(node.value)
+    elif isinstance(node, (ast.Expr, ast.Assign, ast.AugAssign, ast.Return, ast.Raise, ast.If, ast.For)):
+        if not is_text: yield ast.Pass()
 
 # %% ../nbs/22_check.ipynb #375849dd
 def _told(old, new):
     "A change of the tree in words"
-    if isinstance(new, ast.Pass): return f'without `{ast.unparse(old).splitlines()[0]}`'
+    if isinstance(new, ast.Pass) or isinstance(old, ast.Return): return f'without `{ast.unparse(old).splitlines()[0]}`'
     if isinstance(old, ast.With): return f'without `with {ast.unparse(old.items[0])}`'
     if isinstance(old, ast.Attribute): return f'`{new.attr}` in place of `{old.attr}`'
     if isinstance(old, ast.Call) and getattr(old.func, 'value', None) is new: return f'without `.{old.func.attr}()`'
@@ -254,11 +284,14 @@ class Outcome:
 
     def lines(self):
         "What to tell, line by line"
-        more = {'right': '', 'not attempted': 'It does what the stub does: write yours in its place, and run its cell.',
-                'not yet': self.mistake}[self.status]
-        seen = self.evidence and f'Seen with {self.evidence}.'
+        as_given = ('It still does what the given code does: if yours is mended, run its cell first.'
+                    if self.exercise.about.startswith('repair') else
+                    'It does what the stub does: write yours in its place, and run its cell.')
+        more = {'right': '', 'not attempted': as_given, 'not yet': self.mistake}[self.status]
+        seen = self.evidence and self.evidence + ('' if self.evidence.endswith(('.', '?')) else '.')
         where = self.see and f'Chapter {self.exercise.chapter[:2]} tells of it under "{self.see}". hint() says more.'
-        printed = self.printed.strip() and 'Your code printed: ' + ' / '.join(self.printed.strip().splitlines()[:5])
+        printed = ' / '.join(self.printed.strip().splitlines()[:5])
+        printed = printed and f'Your code printed: {printed:.200}' + (' …' if len(printed)>200 else '')
         return [o for o in (f'{self.exercise.name}: {self.status}', more, seen, where, printed) if o]
 
     def __repr__(self): return '\n'.join(self.lines())
@@ -270,6 +303,18 @@ class Outcome:
 
 # %% ../nbs/22_check.ipynb #412d7fdb
 def _as(what): return what if what.startswith('without') else f'with {what}'
+
+def _said(what, old, new):
+    "A change from `old` to `new` source as a learner is told it: a number with what is around it, and no whole line"
+    if what.startswith('without `return'): return 'without its `return`'
+    what = _as(what).replace(', again', '')
+    if what.endswith(':`'): return f'{what} and its block'
+    if re.fullmatch('with `-?[0-9.]+` in place of `-?[0-9.]+`', what):
+        a,b = ([o for o in ast.walk(ast.parse(code)) if isinstance(o, ast.expr)] for code in (old, new))
+        near = [(ast.unparse(x), ast.unparse(y)) for x,y in zip(a, b) if not isinstance(x, (ast.Constant, ast.UnaryOp))]
+        x,y = next(((x, y) for x,y in near[::-1] if x!=y), ('', ''))
+        if len(a)==len(b) and 0 < len(x) < 40: return f'with `{y}` in place of `{x}`'
+    return what
 
 def _nearest(ex, yours, wanted):
     "The mistake that does what `yours` does on more than half of the probes where that is off, in words"
@@ -291,26 +336,30 @@ def diagnose(
     with isolated(60): wanted = ex.trace(ex.define(ex.solution))
     try:
         with isolated(seconds) as printed: yours = ex.trace(obj)
-    except TimeoutError as e: return Outcome(ex, 'not yet', evidence=f'all probes together: {e}', see=ex.see)
-    label = next((k for k in wanted if difference(yours[k], wanted[k])), None)
-    if label is None: return Outcome(ex, 'right')
-    if _does(ex, ex.stub, yours): return Outcome(ex, 'not attempted')
-    if ex.probes: what = difference(yours[label], wanted[label])
-    else: what = f'{_show(yours[label])} is not it'         # a number is not given away
-    seen = dict(evidence=f'{label}, {what}', printed=printed.getvalue())
-    def small(source): return next((what for what,o in mutants(source).items() if _does(ex, o, yours)), '')
+    except TimeoutError as e: return Outcome(ex, 'not yet', evidence=f'Your code is {e}', see=ex.see)
+    off = [k for k in wanted if difference(yours[k], wanted[k])]
+    if not off: return Outcome(ex, 'right')
+    def same(source): return _does(ex, source, yours, set(wanted) - set(off))
+    if same(ex.stub): return Outcome(ex, 'not attempted')
+    a,b = (o[off[0]] for o in (yours, wanted))
+    if ex.probes: what = f'Seen with "{off[0]}": ' + difference(a, b).removeprefix('the result: ')
+    elif _is_numeric(b) and not _is_numeric(a): what = f'{_show(a)} is not a number, and a number is wanted'
+    else: what = f'{_show(a)} is not it'        # a number is not given away
+    seen = dict(evidence=what, printed=printed.getvalue())
+    def small(source): return next((_said(what, source, o) for what,o in mutants(source).items() if same(o)), '')
     def outcome(mistake='', o={}):
         return Outcome(ex, 'not yet', mistake, see=o.get('see', ex.see), hint=o.get('hint', ''), **seen)
     try:
         with isolated(seconds):
             for mistake,o in ex.wrong.items():
-                if _does(ex, o['source'], yours): return outcome(mistake, o)
+                if same(o['source']): return outcome(mistake, o)
             if not ex.probes: return outcome()
-            if what := small(ex.solution): return outcome(f'It does what our solution does {_as(what)}.')
+            if what := small(ex.solution): return outcome(f'It does what our solution does {what}.')
+            if all(isinstance(yours[k], Raised) for k in off): return outcome()     # an error is like many others
         with isolated(1):       # two mistakes at once: for so long we try
             for mistake,o in ex.wrong.items():
                 if what := small(o['source']):
-                    second = f'And there is a second mistake; with the first one, ours does the same {_as(what)}.'
+                    second = f'There may be a second mistake: with the first one in it, and {what}, ours does the same.'
                     return outcome(f'{mistake} {second}', o)
     except TimeoutError: pass       # a mutant may loop for ever, too
     try:
@@ -368,8 +417,14 @@ def _progress(): return _course()/'work'/'progress.json'
 
 def _read_progress():
     "What is known of each exercise: name -> {'status', 'tries'}"
-    try: return json.loads(_progress().read_text(encoding='utf-8'))
+    try: known = json.loads(_progress().read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
+    except ValueError: known = None
+    if isinstance(known, dict) and all(isinstance(o, dict) for o in known.values()): return known
+    aside = _progress().with_suffix('.unreadable')
+    _progress().replace(aside)
+    print(f'work/{_progress().name} cannot be read: it is now work/{aside.name}, and counting starts anew')
+    return {}
 
 def _remember(name, **changes):
     all_of_it = _read_progress()
@@ -382,8 +437,9 @@ def _remember(name, **changes):
 def _exercise(name):
     known = _exercises(_course()/'exercises')
     if name in known: return known[name]
-    raise ValueError(f"check: no exercise is called {name!r}; there are {', '.join(known)}. A value, or a function of "
-                     "another name, is checked with the exercise's: check(name=value)")
+    like = difflib.get_close_matches(name, known, n=1)
+    raise ValueError(f"check: no exercise is called {name!r}" + (f"; is it {like[0]!r}?" if like else '; a function of '
+                     "another name is checked as in check(near=mine)"))
 
 def check(
     obj=None, # the function or class that you have written, under the exercise's name
@@ -392,8 +448,13 @@ def check(
     "Is it right, and if not: what is the mistake?"
     if len(answer) + (obj is not None)!=1:
         raise ValueError("check: give it one thing, as check(f) or check(name=value)")
-    (name,obj), = answer.items() or [(getattr(obj, '__name__', type(obj).__name__), obj)]
-    ex = _exercise(name)
+    known = _exercises(_course()/'exercises')
+    name = next(iter(answer), getattr(obj, '__name__', ''))
+    whole = obj if isinstance(obj, str) else type(obj).__name__     # was its name given, or an object of the class?
+    if not name: raise ValueError(
+        f'check: give it what you wrote, as in check({whole})' if whole in known else
+        "check: a value is checked under its exercise's name, as in check(n_wrong=n_wrong)")
+    obj,ex = answer.get(name, obj),_exercise(name)
     module = str(getattr(obj, '__module__', ''))
     if module.startswith('course_lib.'):
         raise ValueError(f"check: this {name} is the library's, from {module}; run the cell with yours, then check it")
@@ -407,7 +468,7 @@ def check(
 # %% ../nbs/22_check.ipynb #3c0ca121
 def _current(name):
     if name is None and not _last:
-        raise ValueError("no exercise has been checked yet; check one, or say which: name='mnist_loss'")
+        raise ValueError("no exercise has been checked yet; check one, or say which, as in hint(name='mnist_loss')")
     return _exercise(name or _last['outcome'].exercise.name)
 
 def hint(
@@ -418,7 +479,8 @@ def hint(
     ex,n = _current(name),check_number('hint', 'n', n, least=1, whole=True)
     found = _last.get('outcome')
     hints = ([found.hint] if found and found.exercise.name==ex.name and found.hint else []) + ex.hints
-    print(hints[n-1] if n<=len(hints) else f"There are {len(hints)} hints, and no more. solution() shows ours.")
+    count = 'There is one hint' if len(hints)==1 else f'There are {len(hints)} hints'
+    print(hints[n-1] if n<=len(hints) else f'{count}, and no more. solution() shows ours.')
 
 def solution(
     name:str=None, # exercise; by default the one that was checked last
@@ -436,6 +498,7 @@ def progress():
         status = known.get(ex.name, {}).get('status')
         rows.setdefault(ex.chapter, []).append({'right': '■', 'not yet': '▪'}.get(status, '□'))
     for chapter,marks in rows.items(): print(f'{chapter:16} {"".join(marks):8} {marks.count("■")} of {len(marks)}')
+    print('■ right, ▪ tried, □ to do')
 
 # %% ../nbs/22_check.ipynb #155d80be
 def _constant(f):

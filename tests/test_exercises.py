@@ -79,9 +79,15 @@ def test_a_ratio_is_named(xs, k):
 @pytest.mark.parametrize('yours,wanted,says', [
     (torch.zeros(2,3), torch.zeros(3,2), 'shape (2, 3), and (3, 2)'), (float('nan'), 1., 'nan'), (1., float('nan'), 'yours is off: 1 and not nan'),
     (float('inf'), 1., 'yours is off: inf'), (torch.tensor([1., float('inf')]), torch.tensor([1., 2.]), '1 of 2'), (None, 3, 'yours is None, and 3 is wanted'),
-    ('a', 'b', "yours is 'a'"), (3, 'b', "yours is 3, and 'b'"), ([1], [1, 2], '1 items, and 2'), ([1, 5], [1, 2], 'item 1: '), (-2., 2., 'the other sign'),
+    ('a', 'b', "yours is 'a'"), (3, 'b', "yours is 3, and 'b'"), ([1], [1, 2], '1 item, and 2 are'), ([1, 2], [1], '2 items, and 1 is'), ([1, 5], [1, 2], 'item 1: '), (-2., 2., 'the other sign'),
     ({'a': 1}, {'b': 1}, 'b: yours has none'), ({'a': 1, 'b': 2}, {'a': 1}, 'b: yours has 2, and there should be none'), (0., 2., 'yours is 0'),
     (Raised(ValueError('x')), 2., 'raises ValueError: x, and 2 is wanted'), (2., Raised(ValueError('x')), 'gives 2, and a ValueError'),
+    (True, False, 'yours is True, and False is wanted'), (torch.tensor(True), False, 'yours is True, and False'), (None, True, 'and True is wanted'),
+    (torch.zeros(2), 1., '(2,), and (), that of a single number, is wanted'), (1625948160, 60000, 'yours is off: 1625948160 and not 60000'),
+    (0, 3, 'yours is 0 and not 3'), (None, 7840016, 'and 7840016 is'), (torch.ones(2), torch.tensor([1., 1e-9]), 'off: 1 and not 0 at [1]'),
+    (Raised(TypeError('one\ntwo')), 2., 'TypeError: one …, and 2'), (Raised(KeyError()), Raised(AssertionError()), 'an AssertionError is wanted'),
+    ({'argument 1, changed': 1}, {}, 'argument 1 is changed, and should stay'), ({}, {'argument 1, changed': 1}, 'argument 1 stays as it is, and should change'),
+    ({'a': C._kept(print)}, {'a': C._kept((1, 2))}, 'yours is a builtin_function_or_method, and (1, 2) is wanted'),
     (Raised(KeyError('x')), Raised(ValueError('x')), "raises KeyError: 'x', and a ValueError"), (torch.zeros(0), torch.zeros(2), 'shape (0,)')])
 def test_differences_in_words(yours, wanted, says): assert says in difference(yours, wanted)
 
@@ -118,6 +124,54 @@ def test_global_state_is_put_back():
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
     assert after==before
+
+# ---- what a learner is told ----
+
+def test_a_wanted_error_may_say_anything():
+    "The message of an error that is raised where it should be does not hide the mistake elsewhere"
+    ex = Exercise('f', solution='def f(x):\n    if x<0: raise ValueError("no")\n    return x + 1', stub='def f(x): raise NotImplementedError',
+                  probes={'below 0': 'f(-1)', 'two': 'f(2)'})
+    def f(x):
+        if x<0: raise ValueError('in my words')
+        return x - 1
+    assert diagnose(ex, f).mistake=='It does what our solution does with `x - 1` in place of `x + 1`.'
+
+def test_a_missing_return_is_named_and_the_solution_is_not_given_away():
+    assert diagnose(EX, lambda x: None).mistake=='It does what our solution does without its `return`.'
+
+def test_no_second_mistake_is_guessed_from_errors():
+    ex = replace(EX, wrong={'It multiplies.': {'source': 'def f(x):\n    y = x\n    return x*y'}})
+    assert diagnose(ex, lambda x: y).mistake==''     # noqa: F821
+
+def test_a_number_of_the_solution_is_told_with_what_is_around_it():
+    ex = Exercise('f', solution='def f(x): return [x[3], len(x)]', stub='', probes={'one': 'f([1, 2, 3, 4, 5])'})
+    assert '`x[2]` in place of `x[3]`' in diagnose(ex, lambda x: [x[2], len(x)]).mistake
+
+def test_a_repair_that_changes_nothing_is_not_told_to_begin():
+    ex = replace(EX, stub='def f(x): return x', about='repair, 5 minutes, easy')
+    assert 'given code' in str(diagnose(ex, lambda x: x)) and 'in its place' in str(diagnose(replace(ex, about=''), lambda x: x))
+
+@pytest.mark.parametrize('answer,says', [('330', "'330' is not a number"), (33, '33 is not it.'), (None, 'None is not a number'), (7840004, '7840004 is not it')])
+def test_a_value_is_told_exactly(answer, says): assert says in str(diagnose(Exercise('n', solution='n = 330', stub='n = ...'), answer))
+
+def test_what_is_told_ends_with_one_stop_and_is_short():
+    def f(x):
+        print('x'*100000)
+        return x
+    assert '?.' not in str(diagnose(EX, loops, seconds=0.3)) and len(str(diagnose(EX, f))) < 600
+
+@pytest.mark.parametrize('given,says', [((5,), "a value is checked under its exercise's name"), (('near',), 'as in check(near)'), ((lambda: 1,), 'another name is checked'),
+                                        ((), 'give it one thing')])
+def test_wrong_things_to_check(course, given, says):
+    with pytest.raises(ValueError) as e: C.check(*given)
+    assert says in str(e.value)
+
+def test_a_name_that_is_nearly_right(course):
+    with pytest.raises(ValueError, match="called 'neer'; is it 'near'?"): C.check(neer=1)
+
+def test_one_hint_is_one(course, capsys):
+    C.hint(9, 'n_wrong')
+    assert 'There is one hint, and no more' in capsys.readouterr().out
 
 def test_prints_are_caught_and_told_in_short(capsys):
     def f(x):
@@ -237,7 +291,39 @@ def test_check_goes_on_after_a_broken_cell(course, capsys):
     out = capsys.readouterr().out
     assert 'ZeroDivisionError' in out and 'not attempted' in out
 
+def test_check_shows_the_line_and_goes_on_after_an_exit(course, capsys):
+    path,(first,second,*_) = course.make_copy(course.master(MASTERS[0].stem)),read_exercises(MASTERS[0])
+    fill(path, {first.stub: f'def {first.name}(*args):\n    return args[0].nothing', second.stub: '%timeit 1'})
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[2].source += '\nimport sys'
+    nb.cells.insert(3, nbformat.v4.new_code_cell('sys.exit(3)'))
+    nbformat.write(nb, path)
+    with pytest.raises(SystemExit) as e: course.check(SimpleNamespace(chapter=MASTERS[0].stem))
+    out = capsys.readouterr().out
+    assert e.value.code==1 and 'ended with SystemExit: 3' in out and 'in the line `return args[0].nothing`' in out
+    assert 'has a command of Jupyter in it' in out and '1 not attempted' in out
+
+def test_ctrl_c_names_the_cell(course):
+    path = course.make_copy(course.master(MASTERS[0].stem))
+    fill(path, {read_exercises(MASTERS[0])[0].stub: 'raise KeyboardInterrupt'})
+    with pytest.raises(SystemExit, match='stopped in cell 5'): course.check(SimpleNamespace(chapter=MASTERS[0].stem))
+
+@pytest.mark.parametrize('text', ['', 'rubbish', '[]', '{"near": 3}'])
+def test_an_unreadable_progress_file_is_put_aside(course, tmp_path, capsys, text):
+    (tmp_path/'work').mkdir()
+    (tmp_path/'work'/'progress.json').write_text(text)
+    C.progress()
+    assert 'counting starts anew' in capsys.readouterr().out
+    assert (tmp_path/'work'/'progress.unreadable').read_text()==text and not (tmp_path/'work'/'progress.json').exists()
+
+def test_a_broken_cell_is_named_before_a_swap(course):
+    path = course.make_copy(course.master(MASTERS[0].stem))
+    fill(path, {read_exercises(MASTERS[0])[0].stub: 'def near(a, b, eps)\n    pass'})
+    with pytest.raises(SystemExit, match='a cell that is not Python yet'): course.swap(SimpleNamespace(chapter=MASTERS[0].stem, chapters=None))
+
 def test_unknown_chapters_are_named(course):
+    with pytest.raises(SystemExit, match='more than one chapter'): course.master('0')
+    with pytest.raises(SystemExit, match='which chapter'): course.master('')
     with pytest.raises(SystemExit, match="starts with '77'; there are: "): course.master('77')
     with pytest.raises(SystemExit, match='is not there yet. To make it'): course.check(SimpleNamespace(chapter=MASTERS[0].stem))
 

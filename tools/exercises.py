@@ -10,7 +10,7 @@
                                             solutions and the mistakes into the library, and see which chapters notice
 
 What is in work/ is yours, and never overwritten; `learn 04 --add` puts exercises that are new in the course at its end."""
-import argparse, ast, os, shutil, subprocess, sys, tempfile, time
+import argparse, ast, linecache, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -19,14 +19,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from course_lib.check import Outcome, _exercises, _read_progress, progress, proof, read_exercises     # noqa: E402
+from course_lib.check import Outcome, Raised, _read_progress, progress, proof, read_exercises     # noqa: E402
 
 def master(chapter):
     "The notebook in exercises/ whose name starts with `chapter`"
     found = sorted((ROOT/'exercises').glob(f'{chapter}*.ipynb')) if chapter else []
     if len(found)==1: return found[0]
-    names = ', '.join(p.stem for p in sorted((ROOT/'exercises').glob('*.ipynb')))
-    sys.exit(f"no chapter with exercises starts with {chapter!r}; there are: {names}")
+    names = ', '.join(p.stem for p in found or sorted((ROOT/'exercises').glob('*.ipynb')))
+    if not chapter: sys.exit(f'which chapter? There are: {names}')
+    how_many = 'more than one' if found else 'no'
+    sys.exit(f"{how_many} chapter with exercises starts with {chapter!r}; there are: {names}")
 
 def copy_of(path): return ROOT/'work'/path.name
 
@@ -84,7 +86,7 @@ def make_copy(path, add=False):
         part.replace(mine)
         print(f"added to the end of {mine.relative_to(ROOT)}: {', '.join(new)}")
     elif new: print(f"{mine.relative_to(ROOT)} is yours and stays as it is. New in the course: {', '.join(new)}. "
-                    f"To get it: python tools/exercises.py learn {path.name[:2]} --add")
+                    f"To get {'it' if len(new)==1 else 'them'}: python tools/exercises.py learn {path.name[:2]} --add")
     else: print(f'{mine.relative_to(ROOT)} is there, and stays as it is')
     return mine
 
@@ -112,13 +114,20 @@ def check(args):
     names,outcomes = {'__name__': '__main__'},[]
     for i,cell in enumerate(nbformat.read(path, as_version=4).cells, 1):
         if cell.cell_type!='code': continue
+        name = f'<cell {i}>'
         try:
-            body = ast.parse(TransformerManager().transform_cell(cell.source)).body
+            source = TransformerManager().transform_cell(cell.source)
+            if 'get_ipython()' in source:
+                print(f'cell {i} of {path.name} is left out: it has a command of Jupyter in it\n')
+                continue
+            linecache.cache[name] = len(source),None,source.splitlines(True),name     # for errors to show
+            body = ast.parse(source, name).body
             last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
-            exec(compile(ast.Module(body, []), f'<cell {i}>', 'exec'), names)
-            value = last and eval(compile(ast.Expression(last.value), f'<cell {i}>', 'eval'), names)
-        except Exception as e:
-            print(f'cell {i} of {path.name} ended with {type(e).__name__}: {e}\n')
+            exec(compile(ast.Module(body, []), name, 'exec'), names)
+            value = last and eval(compile(ast.Expression(last.value), name, 'eval'), names)
+        except KeyboardInterrupt: sys.exit(f'\nstopped in cell {i} of {path.name}')
+        except (Exception, SystemExit) as e:
+            print(f'cell {i} of {path.name} ended with {Raised(e)}\n')
             continue
         if isinstance(value, Outcome):
             outcomes.append(value.status)
@@ -197,9 +206,17 @@ def swap(args):
     from run import run_all, measured
     path = existing_copy(args.chapter)
     module = path.stem.partition('_')[2]
-    stubs = {ast.unparse(ast.parse(ex.stub)) for ex in read_exercises(master(args.chapter))}
+    exercises = read_exercises(master(args.chapter))
+    stubs = {ast.unparse(ast.parse(ex.stub)) for ex in exercises}
+    for o in code_of(path):
+        try: ast.parse(o)
+        except SyntaxError as e:
+            sys.exit(f'{path.relative_to(ROOT)} has a cell that is not Python yet ({e.msg}):\n\n    {e.text}')
     theirs = [o for o in code_of(path) if 'check(' not in o and ast.unparse(ast.parse(o)) not in stubs]
-    source,new = swapped((ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8'), theirs, module)
+    library = (ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8')
+    source,new = swapped(library, theirs, module)
+    if not {ex.name for ex in exercises} & {name for name,*_ in top_level(library)}:
+        sys.exit(f'nothing to swap: course_lib.{module} has none of the functions and classes of these exercises')
     if not new: sys.exit(f'{path.relative_to(ROOT)} defines nothing yet that is in course_lib.{module}')
     chapters = [p for p in users(module, new) if not args.chapters or p.name[:2] in args.chapters]
     named = ', '.join(p.stem for p in chapters or users(module, new))
@@ -207,7 +224,10 @@ def swap(args):
     print(f"yours: {', '.join(new)}. Chapters that use them: {named}, about {sum(map(measured, chapters))/2:.0f} s")
     with tempfile.TemporaryDirectory() as temp:
         os.environ.update(with_module(temp, module, source))
-        run_all(chapters)
+        try: run_all(chapters)
+        except SystemExit as e:
+            sys.exit(f"{e}\n\nThat came out with your {', '.join(new)}. What does yours do that ours does not? "
+                     f'python tools/exercises.py check {path.name[:2]}')
     print(f"with your {', '.join(new)}, everything came out as the ledger expects it")
 
 def with_module(temp, module, source):
