@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 
-from .core import check_number, set_seed
+from .core import check_number
 
 # %% ../nbs/22_check.ipynb #e79a6223
-def _is_numeric(o): return isinstance(o, (Tensor, np.ndarray, np.generic, int, float))
+def _is_numeric(o):     # larger whole numbers fit no tensor
+    return isinstance(o, (Tensor, np.ndarray, np.generic, int, float)) and not (isinstance(o, int) and abs(o) >= 2**63)
 
 def _numbers_differ(yours, wanted):
     "How two tensors, arrays or numbers differ, in a few words; empty if they agree up to rounding"
@@ -160,6 +161,15 @@ def isolated(
         torch.set_default_dtype(dtype)
 
 # %% ../nbs/22_check.ipynb #d79d884e
+@lru_cache(4000)
+def _code(source, name): return compile(source, f'<{name}>', 'exec')
+
+@lru_cache(4000)
+def _probe_code(source, name):
+    "All lines of a probe but the last, and the last one, which is worth something"
+    *first,last = ast.parse(source).body
+    return compile(ast.Module(first, []), f'<{name}>', 'exec'),compile(ast.Expression(last.value), f'<{name}>', 'eval')
+
 @dataclass
 class Exercise:
     "A function, class or value to write: how to judge it, and how to help"
@@ -177,12 +187,12 @@ class Exercise:
     probes:dict=field(default_factory=dict)         # label -> source
     equivalent:dict=field(default_factory=dict)     # mutant that no probe can tell -> why
 
-    def _namespace(self): exec(self.setup, ns := {'watch': watch}); return ns
+    def _namespace(self): exec(_code(self.setup, self.name), ns := {'watch': watch}); return ns
 
     def define(self, source):
         "What `source` defines under the exercise's name, or the error it ends with"
         ns = self._namespace()
-        try: exec(compile(source, f'<{self.name}>', 'exec'), ns)
+        try: exec(_code(source, self.name), ns)
         except Exception as e: return Raised(e)
         return ns.get(self.name, Raised(NameError(f'nothing is called {self.name}')))
 
@@ -193,17 +203,20 @@ class Exercise:
     def _probes(self): return self.probes or {'the answer': self.name}
 
     def _probe(self, source, obj):
+        first,last = _probe_code(source, self.name)
         ns = self._namespace()
         ns[self.name] = obj
-        *first,last = ast.parse(source).body
-        set_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)      # as set_seed does, without looking for a GPU
         try:
-            exec(compile(ast.Module(first, []), f'<{self.name}>', 'exec'), ns)
-            return _kept(eval(compile(ast.Expression(last.value), f'<{self.name}>', 'eval'), ns))
+            exec(first, ns)
+            return _kept(eval(last, ns))
         except (Exception, SystemExit) as e: return Raised(e)
 
 # %% ../nbs/22_check.ipynb #e4f06f75
-def _same(a, b): return not difference(a, b) and getattr(a, 'says', '')==getattr(b, 'says', '')
+def _words(o): return set(re.findall(r'\w+', getattr(o, 'says', '')))        # in any order: a*b may be b*a
+def _same(a, b): return not difference(a, b) and _words(a)==_words(b)
 
 def _does(ex, source, trace, right=()):
     "Does `source` do on every probe what `trace` says? The first difference decides; a `right` error may say anything"
@@ -323,7 +336,7 @@ def _nearest(ex, yours, wanted):
         obj = ex.define(ex.wrong[mistake]['source'])
         return sum(_same(ex._probe(ex.probes[k], obj), yours[k]) for k in off)
     n,best = max(((shared(o), o) for o in ex.wrong), key=lambda o: o[0], default=(0, ''))
-    if 2*n<=len(off): return '',{}
+    if n<2 or 2*n<=len(off): return '',{}          # one probe alone may agree by chance
     where = 'Where' if n==len(off) else f'On {n} of the {len(off)} probes where'
     return f'{where} it is off, it does what this mistake does. {best}',ex.wrong[best]
 
@@ -356,8 +369,8 @@ def diagnose(
             if not ex.probes: return outcome()
             if what := small(ex.solution): return outcome(f'It does what our solution does {what}.')
             if all(isinstance(yours[k], Raised) for k in off): return outcome()     # an error is like many others
-        with isolated(1):       # two mistakes at once: for so long we try
-            for mistake,o in ex.wrong.items():
+        with isolated(1):       # two mistakes at once: for so long we try, where there is enough to tell by
+            for mistake,o in ex.wrong.items() if len(off)>1 else ():
                 if what := small(o['source']):
                     second = f'There may be a second mistake: with the first one in it, and {what}, ours does the same.'
                     return outcome(f'{mistake} {second}', o)
