@@ -405,7 +405,7 @@ def read_exercises(
         elif 'solution' in d: found[-1].solution = source
         elif 'also right' in d: found[-1].also[d['also right']] = source
         elif 'wrong' in d:
-            found[-1].wrong[d['wrong']] = {'source': source} | {k: d[k] for k in ('see', 'hint') if k in d}
+            found[-1].wrong[d['wrong']] = {'source': source} | {k: d[k] for k in ('see', 'hint', 'unseen') if k in d}
         elif 'hint' in d: found[-1].hints.append(source or d['hint'])
         elif 'probe' in d: found[-1].probes[d['probe']] = source
         elif 'equivalent' in d: found[-1].equivalent[d['equivalent']] = source

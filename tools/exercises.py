@@ -254,20 +254,27 @@ def prove(args):
             for o in faults: print('   -', o)
     sys.exit(bad>0)
 
+def noticed(module, source, chapters):
+    "Where chapters fail with `source` as a module of the library, the quickest chapter first"
+    from run import measured
+    with tempfile.TemporaryDirectory() as temp:
+        env = {**os.environ, **with_module(temp, module, source)}
+        for chapter in sorted(chapters, key=measured):
+            run = [sys.executable, ROOT/'tools'/'run.py', chapter.name[:2]]
+            found = subprocess.run(run, capture_output=True, text=True, env=env)
+            if found.returncode: yield next(o for o in (found.stdout + found.stderr).splitlines() if ', cell ' in o)
+
 def prove_swap(ex, only=None):
     "What is wrong when the solution, and each mistake, is put into the library and chapters run: as sentences"
     module,faults = ex.chapter.partition('_')[2],[]
     library = (ROOT/'course_lib'/f'{module}.py').read_text(encoding='utf-8')
     if ex.name not in {name for name,*_ in top_level(library)}: return []
-    chapters = [p.name[:2] for p in users(module, [ex.name]) if not only or p.name[:2] in only]
+    chapters = [p for p in users(module, [ex.name]) if not only or p.name[:2] in only]
     for title,text,unseen in [('the solution', ex.solution, True), *[(k, o['source'], 'unseen' in o) for k,o in ex.wrong.items()]]:
         source,_ = swapped(library, ['\n'.join(imports_for(ex.setup, module)), text], module)
-        with tempfile.TemporaryDirectory() as temp:
-            found = subprocess.run([sys.executable, ROOT/'tools'/'run.py', *chapters], capture_output=True, text=True,
-                                   env={**os.environ, **with_module(temp, module, source)})
-        where = next((o for o in found.stdout.splitlines() + found.stderr.splitlines() if ', cell ' in o), '')
-        print(f"     {title}: {'noticed by ' + where if found.returncode else 'unnoticed'}")
-        if bool(found.returncode)==unseen: faults.append(f"swapped in, {title}: {where or 'no chapter notices'}")
+        where = next(noticed(module, source, chapters), '')
+        print(f"     {title}: {'noticed by ' + where if where else 'unnoticed'}", flush=True)
+        if bool(where)==unseen: faults.append(f"swapped in, {title}: {where or 'no chapter notices'}")
     return faults
 
 def main():
