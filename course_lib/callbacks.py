@@ -271,8 +271,10 @@ def _better(value, best, mode, min_delta=0.):
     if math.isnan(value): return False
     return best is None or (best-value if mode=='min' else value-best) > min_delta
 
-def _check_mode(who, mode):
-    if mode in ('min', 'max'): return
+def _check_mode(who, mode, monitor):
+    "`mode`, or where it is None, what is known of the loss"
+    if mode is None and monitor=='loss': return 'min'
+    if mode in ('min', 'max'): return mode
     raise ValueError(f"{who}: mode is {mode!r}; it must be 'min' if lower is better, 'max' if higher")
 
 # %% ../nbs/12_callbacks.ipynb #95cafd3e
@@ -286,8 +288,7 @@ class EarlyStopping(Callback):
         mode:str=None, # 'min' if lower is better, 'max' if higher; of the loss it is known
         restore:bool=False, # put back the weights of the best epoch in the end?
     ):
-        if mode is None and monitor=='loss': mode = 'min'
-        _check_mode('EarlyStopping', mode)
+        mode = _check_mode('EarlyStopping', mode, monitor)
         check_number('EarlyStopping', 'min_delta', min_delta, least=0)
         check_number('EarlyStopping', 'patience', patience, least=1, whole=True)
         store_attr()

@@ -70,8 +70,7 @@ class CheckpointCB(Callback):
         mode:str=None, # 'min' if a lower `monitor` is better, 'max' if higher; of the loss it is known
         resume:bool=False, # go on from the newest checkpoint in the folder, if there is one?
     ):
-        if mode is None and monitor in (None, 'loss'): mode = 'min'
-        _check_mode('CheckpointCB', mode)
+        mode = _check_mode('CheckpointCB', mode, monitor or 'loss')
         if every is not None: every = check_number('CheckpointCB', 'every', every, least=1, whole=True)
         keep = check_number('CheckpointCB', 'keep', keep, least=1, whole=True)
         store_attr(but='path')
