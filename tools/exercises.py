@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-from course_lib.check import Outcome, Raised, _read_progress, progress, proof, read_exercises     # noqa: E402
+from course_lib.check import Outcome, Raised, _directives, _read_progress, progress, proof, read_exercises     # noqa: E402
 
 def master(chapter):
     "The notebook in exercises/ whose name starts with `chapter`"
@@ -49,13 +49,13 @@ def cells_of(path):
     exercises = {ex.name: ex for ex in read_exercises(path)}
     text,own = None,[]
     for cell in nbformat.read(path, as_version=4).cells:
-        head,_,rest = cell.source.partition('\n')
+        told,rest = _directives(cell.source)
         if cell.cell_type=='markdown' and cell.source.startswith('## '): text,own = cell.source,[]
         elif cell.cell_type=='markdown' and text is None: opening.append(new_markdown_cell(cell.source))
-        elif head=='#| setup' and text is None: shared += rest + '\n'
-        elif head=='#| setup' and own is not None: own.append(new_code_cell(rest))
-        elif head.startswith('#| stub:'):
-            ex = exercises[head.removeprefix('#| stub:').strip()]
+        elif 'setup' in told and text is None: shared += rest + '\n'
+        elif 'setup' in told and own is not None: own.append(new_code_cell(rest))
+        elif 'stub' in told:
+            ex = exercises[told['stub']]
             call = ex.name if is_definition(ex) else f'{ex.name}={ex.name}'
             found[ex.name] = [new_markdown_cell(f'{text}\n\n*{ex.about}*'), *own, new_code_cell(ex.stub),
                               new_code_cell(f'check({call})')]
@@ -218,8 +218,9 @@ def swap(args):
     if not {ex.name for ex in exercises} & {name for name,*_ in top_level(library)}:
         sys.exit(f'nothing to swap: course_lib.{module} has none of the functions and classes of these exercises')
     if not new: sys.exit(f'{path.relative_to(ROOT)} defines nothing yet that is in course_lib.{module}')
-    chapters = [p for p in users(module, new) if not args.chapters or p.name[:2] in args.chapters]
-    named = ', '.join(p.stem for p in chapters or users(module, new))
+    able = users(module, new)
+    chapters = [p for p in able if not args.chapters or p.name[:2] in args.chapters]
+    named = ', '.join(p.stem for p in chapters or able)
     if not chapters: sys.exit(f"no {'such' if named else 'other'} chapter uses {', '.join(new)}" + (named and f'; these do: {named}'))
     print(f"yours: {', '.join(new)}. Chapters that use them: {named}, about {sum(map(measured, chapters))/2:.0f} s")
     with tempfile.TemporaryDirectory() as temp:
@@ -255,14 +256,15 @@ def prove(args):
     sys.exit(bad>0)
 
 def noticed(module, source, chapters):
-    "Where chapters fail with `source` as a module of the library, the quickest chapter first"
+    "Where the first of `chapters` fails that does with `source` as a module of the library; empty if none does"
     from run import measured
     with tempfile.TemporaryDirectory() as temp:
         env = {**os.environ, **with_module(temp, module, source)}
-        for chapter in sorted(chapters, key=measured):
+        for chapter in sorted(chapters, key=measured):      # the quickest first
             run = [sys.executable, ROOT/'tools'/'run.py', chapter.name[:2]]
             found = subprocess.run(run, capture_output=True, text=True, env=env)
-            if found.returncode: yield next(o for o in (found.stdout + found.stderr).splitlines() if ', cell ' in o)
+            if found.returncode: return next(o for o in (found.stdout + found.stderr).splitlines() if ', cell ' in o)
+    return ''
 
 def prove_swap(ex, only=None):
     "What is wrong when the solution, and each mistake, is put into the library and chapters run: as sentences"
@@ -272,7 +274,7 @@ def prove_swap(ex, only=None):
     chapters = [p for p in users(module, [ex.name]) if not only or p.name[:2] in only]
     for title,text,unseen in [('the solution', ex.solution, True), *[(k, o['source'], 'unseen' in o) for k,o in ex.wrong.items()]]:
         source,_ = swapped(library, ['\n'.join(imports_for(ex.setup, module)), text], module)
-        where = next(noticed(module, source, chapters), '')
+        where = noticed(module, source, chapters)
         print(f"     {title}: {'noticed by ' + where if where else 'unnoticed'}", flush=True)
         if bool(where)==unseen: faults.append(f"swapped in, {title}: {where or 'no chapter notices'}")
     return faults
