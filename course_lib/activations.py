@@ -107,6 +107,7 @@ def _layers(model, kinds, names):
     raise ValueError(f"ActivationStats: the model has no layer of the kinds {[full(o) for o in kinds]}; it has "
                      f"{sorted({full(type(m)) for m in mods.values()})}")
 
+# %% ../nbs/13_activations.ipynb #0a0b8eb9
 @patch
 def rows(self:ActivationStats)->dict: # label of a layer, as '1 ReLU' or '1 ReLU, call 2' -> {number of the batch: row}
     "What was kept, in the order of the layers"

@@ -82,6 +82,7 @@ def _show(o):
         return f'{x:.6g}' if isinstance(x, float) else f'{x}'
     return f'{o!r}' if len(repr(o))<=60 else f'{_a(type(o).__name__)}, {o!r:.50} …'
 
+# %% ../nbs/22_check.ipynb #74d4700f
 def difference(
     yours, # a number, tensor, text, None or error, or dict or list of them
     wanted, # what it should be
@@ -170,6 +171,7 @@ def _probe_code(source, name):
     *first,last = ast.parse(source).body
     return compile(ast.Module(first, []), f'<{name}>', 'exec'),compile(ast.Expression(last.value), f'<{name}>', 'eval')
 
+# %% ../nbs/22_check.ipynb #89df2e1e
 @dataclass
 class Exercise:
     "A function, class or value to write: how to judge it, and how to help"
@@ -329,9 +331,9 @@ def _said(what, old, new):
         if len(a)==len(b) and 0 < len(x) < 40: return f'with `{y}` in place of `{x}`'
     return what
 
-def _nearest(ex, yours, wanted):
-    "The mistake that does what `yours` does on more than half of the probes where that is off, in words"
-    off = [k for k in wanted if difference(yours[k], wanted[k])]
+# %% ../nbs/22_check.ipynb #1b60633f
+def _nearest(ex, yours, off):
+    "The mistake that does what `yours` does on more than half of the probes `off`, where that is off, in words"
     def shared(mistake):
         obj = ex.define(ex.wrong[mistake]['source'])
         return sum(_same(ex._probe(ex.probes[k], obj), yours[k]) for k in off)
@@ -340,6 +342,7 @@ def _nearest(ex, yours, wanted):
     where = 'Where' if n==len(off) else f'On {n} of the {len(off)} probes where'
     return f'{where} it is off, it does what this mistake does. {best}',ex.wrong[best]
 
+# %% ../nbs/22_check.ipynb #e305408d
 def diagnose(
     ex:Exercise,
     obj, # what the learner has defined
@@ -376,7 +379,7 @@ def diagnose(
                     return outcome(f'{mistake} {second}', o)
     except TimeoutError: pass       # a mutant may loop for ever, too
     try:
-        with isolated(seconds): return outcome(*_nearest(ex, yours, wanted))
+        with isolated(seconds): return outcome(*_nearest(ex, yours, off))
     except TimeoutError: return outcome()
 
 # %% ../nbs/22_check.ipynb #40c20769
@@ -522,6 +525,7 @@ def _constant(f):
         return first[0]
     return constant
 
+# %% ../nbs/22_check.ipynb #e66a410e
 def proof(
     ex:Exercise,
 )->list: # of sentences; empty if the exercise can be trusted

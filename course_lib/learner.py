@@ -408,6 +408,7 @@ def _with_memory(cbs):
         named[f'{name} {n+1}' if n else name] = cb
     return named
 
+# %% ../nbs/11_learner.ipynb #b71f6dae
 def _random_state():
     "The states of the generators of Python, NumPy and PyTorch"
     kind,key,*rest = np.random.get_state()
@@ -533,6 +534,7 @@ def _plan(self:Learner):
     return dict(n_epochs=self.n_epochs, passes=self.passes, lr=self.fit_lr, callbacks=list(_with_memory(self.cbs)),
                 **getattr(self, '_opt_made', {}))
 
+# %% ../nbs/11_learner.ipynb #0633eeff
 @patch
 def _first_pass(self:Learner):
     "Number of the pass to begin with: 0, or the one in which a state that was loaded was taken"
